@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Everything that needs one moment of the storage: cutting the log, checkpoint and restore, dump and scan.
+#include <fcntl.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <ctime>
+
+#include "error.h"
+#include "storage.h"
+
+namespace damo {
+namespace {
+
+namespace fs = std::filesystem;
+
+// What is built before it gets the name `wanted`: under a name of its own, so that two calls for one name do not meet.
+fs::path staging_path(const fs::path& wanted) {
+  static std::atomic<uint64_t> number{0};
+  fs::path staged = wanted;
+  staged += ".building-" + std::to_string(getpid()) + "-" + std::to_string(number++);
+  return staged;
+}
+
+// A directory built aside, removed again unless it was given its name.
+class StagedDirectory {
+ public:
+  explicit StagedDirectory(const fs::path& wanted) : wanted_(wanted), staged_(staging_path(wanted)) {
+    std::error_code ignored;
+    fs::remove_all(staged_, ignored);
+    make_directory(staged_);
+  }
+  ~StagedDirectory() {
+    std::error_code ignored;
+    if (!done_) fs::remove_all(staged_, ignored);
+  }
+  const fs::path& path() const { return staged_; }
+  void publish(const char* operation) {
+    fsync_directory(staged_);
+    if (renameat2(AT_FDCWD, staged_.c_str(), AT_FDCWD, wanted_.c_str(), RENAME_NOREPLACE) != 0)
+      throw_system_error(operation, wanted_);
+    done_ = true;
+    fsync_directory(wanted_.parent_path());
+  }
+
+ private:
+  fs::path wanted_, staged_;
+  bool done_ = false;
+};
+
+CheckpointFile describe_file(const fs::path& directory, const std::string& name) {
+  return {name, fs::file_size(directory / name), crc32c_of_file(directory / name)};
+}
+
+}  // namespace
+
+void Storage::cut(const std::function<void(const CutInfo&)>& closed) {
+  // Most of the log goes to disk before anybody is stopped.
+  log_->sync();
+  // Neither is waited for while the other is held: an operation that holds the order lock may wait for an eviction, and
+  // the eviction for the write lock.
+  std::unique_lock write(tiers_->write_mutex(), std::defer_lock);
+  std::unique_lock order(order_, std::defer_lock);
+  std::lock(write, order);
+  const auto stopped = std::chrono::steady_clock::now();
+  const CutInfo info{counters(), manifest_};
+  if (!log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
+  tiers_->note_cut_pause(std::chrono::steady_clock::now() - stopped);
+  tiers_->cut(std::move(write), std::move(order), info.counters.sequence, [&] {
+    if (closed) closed(info);
+  });
+}
+
+std::shared_ptr<const StoreSnapshot> Storage::snapshot(CutInfo& info) {
+  check_writable();
+  std::shared_ptr<const StoreSnapshot> snapshot;
+  cut([&](const CutInfo& cut_info) {
+    info = cut_info;
+    snapshot = store_->snapshot();
+  });
+  return snapshot;
+}
+
+// -------------------------------------------------------------- checkpoint
+
+void Storage::checkpoint(const fs::path& directory, int64_t step, std::string extra) {
+  const Use use(*this, "checkpoint");
+  check_writable();
+  if (extra.size() > kMaxExtraBytes)
+    throw std::invalid_argument("[checkpoint] extra has " + std::to_string(extra.size()) +
+                                " bytes, expected at most 16 MiB");
+  fs::path wanted = fs::absolute(directory).lexically_normal();
+  if (!wanted.has_filename()) wanted = wanted.parent_path();  // it ended in a slash
+  if (fs::exists(fs::symlink_status(wanted)))
+    throw StorageError("[checkpoint] " + wanted.string() +
+                       " exists already: a checkpoint never replaces anything; give another name");
+  if (!fs::is_directory(wanted.parent_path()))
+    throw StorageError("[checkpoint] the directory " + wanted.parent_path().string() +
+                       " does not exist: make it first");
+  StagedDirectory staged(wanted);
+  CheckpointManifest manifest;
+  Manifest groups;
+  cut([&](const CutInfo& info) {
+    groups = info.manifest;
+    manifest.counters = info.counters;
+    for (const LinkedFile& file : store_->link_into(staged.path() / "rocksdb"))
+      manifest.files.push_back({"rocksdb/" + file.name, file.bytes, file.crc32c});
+  });
+  manifest.storage_id = groups.storage_id;
+  manifest.step = step;
+  manifest.extra = std::move(extra);
+  manifest.created = static_cast<int64_t>(std::time(nullptr));
+  write_file_atomically(staged.path() / "MANIFEST", encode_manifest(groups));
+  manifest.files.push_back(describe_file(staged.path(), "MANIFEST"));
+  // Last: a directory without it is no checkpoint.
+  write_file_atomically(staged.path() / "CHECKPOINT", encode_checkpoint(manifest));
+  staged.publish("checkpoint");
+}
+
+void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
+  const fs::path from = fs::absolute(checkpoint).lexically_normal();
+  std::string bytes;
+  try {
+    bytes = read_file(from / "CHECKPOINT", size_t{256} << 20);
+  } catch (const MissingFileError&) {
+    throw StorageError("[restore] " + from.string() + " is not a checkpoint: it has no file CHECKPOINT");
+  }
+  const CheckpointManifest manifest =
+      decode_checkpoint(std::as_bytes(std::span(bytes)), (from / "CHECKPOINT").string());
+  for (const CheckpointFile& file : manifest.files) {
+    const fs::path at = from / file.name;
+    std::error_code error;
+    const uintmax_t size = fs::file_size(at, error);
+    if (error)
+      throw CorruptionError("[restore] the checkpoint's file " + at.string() + " is missing: " + error.message());
+    if (size != file.bytes)
+      throw CorruptionError("[restore] " + at.string() + " has " + std::to_string(size) + " bytes, expected " +
+                            std::to_string(file.bytes) + " (damaged at offset " +
+                            std::to_string(std::min<uintmax_t>(size, file.bytes)) + ")");
+    if (crc32c_of_file(at) != file.crc32c)
+      throw CorruptionError("[restore] " + at.string() + " is damaged: the checksum of its bytes (offset 0 to " +
+                            std::to_string(size) + ") does not agree");
+  }
+  const std::string groups = read_file(from / "MANIFEST", size_t{64} << 20);
+  Manifest restored = decode_manifest(std::as_bytes(std::span(groups)), (from / "MANIFEST").string());
+  // An identity of its own: the log of one restore is never taken for that of another.
+  restored.storage_id = make_storage_id();
+  StorageCounters counters = manifest.counters;
+  if (manifest.step >= 0 || !manifest.extra.empty()) counters.last_commit = CommitRecord{manifest.step, manifest.extra};
+
+  StorageDirectory directory(path, OpenMode::kOpenOrCreate);
+  directory.replace_generation([&](const fs::path& generation) {
+    make_directory(generation / "rocksdb");
+    for (const CheckpointFile& file : manifest.files) {
+      if (!file.name.starts_with("rocksdb/")) continue;
+      const fs::path to = generation / file.name;
+      if (!fs::exists(to.parent_path())) fs::create_directories(to.parent_path());
+      // Table files never change and may be shared with the checkpoint; RocksDB rewrites or appends to the others.
+      if (to.extension() == ".sst") {
+        link_or_copy(from / file.name, to);
+      } else {
+        fs::copy_file(from / file.name, to);
+        fsync_file(to);
+      }
+    }
+    fsync_directory(generation / "rocksdb");
+    write_file_atomically(generation / "MANIFEST", encode_manifest(restored));
+    make_directory(generation / "log");
+    OperationLog::create({.directory = generation / "log", .storage_id = restored.storage_id}, counters.sequence + 1,
+                         encode_counters(counters));
+  });
+}
+
+// -------------------------------------------------------------------- dump
+
+uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
+  const Use use(*this, "dump");
+  const fs::path wanted = fs::absolute(file).lexically_normal();
+  if (fs::is_directory(wanted)) throw StorageError("[dump] " + wanted.string() + " is a directory: give a file name");
+  if (!fs::is_directory(wanted.parent_path()))
+    throw StorageError("[dump] the directory " + wanted.parent_path().string() + " does not exist: make it first");
+  CutInfo info;
+  const std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
+
+  // Written aside and renamed. The header's counts are known at the end, and put in then.
+  const fs::path staged = staging_path(wanted);
+  struct Remove {
+    const fs::path& path;
+    ~Remove() {
+      std::error_code ignored;
+      fs::remove(path, ignored);
+    }
+  } remove{staged};
+  FileDescriptor out("dump", staged, O_WRONLY | O_CREAT | O_TRUNC);
+  std::array<int32_t, kNumGroups> dimensions{};
+  std::array<uint64_t, kNumGroups> counts{};
+  uint64_t total = 0;
+  std::string buffer(sizeof dimensions + sizeof counts, '\0');
+  const auto flush = [&] {
+    out.write(std::as_bytes(std::span(buffer)));
+    buffer.clear();
+  };
+  for (const TableSpec& spec : info.manifest.tables) {
+    if (conditions.group && *conditions.group != spec.group) continue;
+    const TableShape shape(spec);
+    dimensions[spec.group] = static_cast<int32_t>(spec.dimension);
+    std::vector<float> weights(spec.dimension);
+    const auto iterator = rows->scan(StoredKey::make(spec.table_id, 0), StoredKey::make(spec.table_id + 1, 0));
+    while (iterator->next()) {
+      const StoredKey key = iterator->key();
+      const DecodedRow row = decode_row(key, iterator->value(), shape.num_floats());
+      if (row.header.update_count < conditions.min_count) continue;
+      if (conditions.updated_since && row.header.time < *conditions.updated_since) continue;
+      if (row.header.has_floats)
+        std::memcpy(weights.data(), row.floats.data(), weights.size() * sizeof(float));
+      else
+        shape.first_weights(key.mixed(), weights.data());
+      ByteWriter writer(buffer);
+      writer.put(unmix_key(key.mixed()));
+      writer.put(static_cast<int32_t>(spec.group));
+      writer.put_bytes(weights.data(), weights.size() * sizeof(float));
+      ++counts[spec.group];
+      ++total;
+      if (buffer.size() > (size_t{1} << 20)) flush();
+    }
+  }
+  flush();
+  out.write_at(std::as_bytes(std::span(dimensions)), 0);
+  out.write_at(std::as_bytes(std::span(counts)), sizeof dimensions);
+  out.sync();
+  out.close();
+  fs::rename(staged, wanted);
+  fsync_directory(wanted.parent_path());
+  return total;
+}
+
+}  // namespace damo

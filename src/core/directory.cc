@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "directory.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cinttypes>
+#include <cstdio>
+#include <ctime>
+#include <mutex>
+#include <set>
+#include <tuple>
+
+namespace damo {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::string_view kPrefix = "generation-";
+
+// A POSIX lock is the process's own: it neither keeps out a second open in the same process, nor survives the
+// closing of *any* descriptor of the file. So this process's open directories are listed here, and asked first.
+struct OpenDirectories {
+  std::mutex mutex;
+  std::set<std::tuple<pid_t, uint64_t, uint64_t>>
+      held;  // with the pid: a forked child inherits the list, not the locks
+};
+OpenDirectories& open_directories() {
+  static OpenDirectories directories;
+  return directories;
+}
+
+std::string holder_text() {
+  char host[256] = "?", since[64] = "?";
+  gethostname(host, sizeof host - 1);
+  const std::time_t now = std::time(nullptr);
+  std::tm utc{};
+  if (gmtime_r(&now, &utc) != nullptr) std::strftime(since, sizeof since, "%Y-%m-%d %H:%M:%S UTC", &utc);
+  return "process " + std::to_string(getpid()) + " on " + host + " since " + since;
+}
+
+bool is_ours(const std::string& name) {
+  return name == "LOCK" || name == "CURRENT" || name == "CURRENT.tmp" || name == "CREATING" || name == "CREATING.tmp" ||
+         name.starts_with(kPrefix);
+}
+
+std::string checksum_text(std::string_view name) {
+  char text[20];
+  std::snprintf(text, sizeof text, "%016" PRIx64, checksum64(std::as_bytes(std::span(name))));
+  return text;
+}
+
+std::string generation_name(uint64_t number) {
+  char text[40];
+  std::snprintf(text, sizeof text, "generation-%06" PRIu64, number);
+  return text;
+}
+
+uint64_t generation_number(const std::string& name) {
+  uint64_t number = 0;
+  for (const char c : name.substr(kPrefix.size())) {
+    if (c < '0' || c > '9') return 0;
+    number = number * 10 + static_cast<uint64_t>(c - '0');
+  }
+  return number;
+}
+
+}  // namespace
+
+StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(fs::absolute(path).lexically_normal()) {
+  const std::string shown = path_.string();
+  std::error_code error;
+  const fs::file_status status = fs::status(path_, error);
+  if (!fs::exists(status)) {
+    if (error && status.type() != fs::file_type::not_found) throw_system_error("open", path_, error.value());
+    if (mode == OpenMode::kOpen)
+      throw StorageError("[open] " + shown + " does not exist: create it with Storage.create(path) or Storage(path)");
+    make_directory(path_);
+  } else if (!fs::is_directory(status)) {
+    throw StorageError("[open] " + shown + " is not a directory");
+  }
+
+  bool empty = true, has_current = false, creating = false, foreign = false;
+  for (const auto& entry : fs::directory_iterator(path_, error)) {
+    const std::string name = entry.path().filename();
+    if (name == "CURRENT") has_current = true;
+    if (name == "CREATING") creating = true;
+    if (!is_ours(name)) foreign = true;
+    if (name != "LOCK" && name != "CREATING.tmp") empty = false;  // that is how far an interrupted creation may be
+  }
+  if (error) throw_system_error("open", path_, error.value());
+  if (!has_current && !creating && !empty) {
+    if (foreign)
+      throw StorageError("[open] " + shown +
+                         " is not a storage: it holds other files and no CURRENT; give an empty or absent directory");
+    throw CorruptionError("[open] " + shown +
+                          " has lost its file CURRENT: restore a checkpoint into another directory");
+  }
+  if (!has_current && mode == OpenMode::kOpen)
+    throw StorageError("[open] " + shown + " is empty: create the storage with Storage.create(path) or Storage(path)");
+  if (has_current && mode == OpenMode::kCreate)
+    throw StorageError("[create] " + shown +
+                       " is a storage already: open it with Storage.open(path), or give another directory");
+
+  struct stat info {};
+  if (::stat(path_.c_str(), &info) != 0) throw_system_error("open", path_);
+  device_ = static_cast<uint64_t>(info.st_dev);
+  inode_ = static_cast<uint64_t>(info.st_ino);
+  OpenDirectories& open = open_directories();
+  const std::lock_guard guard(open.mutex);
+  if (open.held.contains({getpid(), device_, inode_}))
+    throw AlreadyOpenError("[open] " + shown + " is open in this process already (process " + std::to_string(getpid()) +
+                           "): use that Storage, or close it first");
+  try {
+    lock_ = FileDescriptor("open", path_ / "LOCK", O_RDWR | O_CREAT);
+  } catch (const StorageError& refused) {
+    throw StorageError(std::string(refused.what()) + ": a storage needs a directory it may write to");
+  }
+  struct flock whole {};
+  whole.l_type = F_WRLCK;
+  whole.l_whence = SEEK_SET;
+  if (fcntl(lock_.get(), F_SETLK, &whole) != 0) {
+    if (errno != EACCES && errno != EAGAIN) throw_system_error("open", path_ / "LOCK");
+    std::string holder(512, '\0');
+    holder.resize(lock_.read_at(std::as_writable_bytes(std::span(holder)), 0));
+    throw AlreadyOpenError("[open] " + shown + " is open elsewhere" + (holder.empty() ? "" : ": " + holder) +
+                           "; close it there, or open another directory");
+  }
+  const std::string holder = holder_text();
+  lock_.truncate(0);
+  lock_.write_at(std::as_bytes(std::span(holder)), 0);
+  open.held.insert({getpid(), device_, inode_});
+  registered_ = true;
+  try {
+    // Another process may have made it between the look at it and the lock.
+    if (!has_current && fs::exists(path_ / "CURRENT")) {
+      has_current = true;
+      if (mode == OpenMode::kCreate)
+        throw StorageError("[create] " + shown +
+                           " was made by another process meanwhile: open it with Storage.open(path)");
+    }
+    is_new_ = !has_current;
+    if (is_new_) {
+      write_file_atomically(path_ / "CREATING", std::string_view{});
+    } else if (creating) {
+      fs::remove(path_ / "CREATING");
+    }
+  } catch (...) {
+    open.held.erase({getpid(), device_, inode_});
+    registered_ = false;
+    throw;
+  }
+}
+
+StorageDirectory::~StorageDirectory() { unlock(); }
+
+void StorageDirectory::unlock() noexcept {
+  if (!registered_) return;
+  OpenDirectories& open = open_directories();
+  const std::lock_guard guard(open.mutex);
+  registered_ = false;
+  // In a forked child neither the list nor the lock is ours.
+  if (open.held.erase({getpid(), device_, inode_}) == 0) return;
+  lock_ = FileDescriptor();
+}
+
+fs::path StorageDirectory::generation() const {
+  const std::string text = read_file(path_ / "CURRENT", 256);
+  const size_t space = text.find(' ');
+  const std::string name = text.substr(0, space);
+  if (space == std::string::npos || text != name + " " + checksum_text(name) + "\n" || !name.starts_with(kPrefix) ||
+      generation_number(name) == 0)
+    throw CorruptionError("[open] " + (path_ / "CURRENT").string() +
+                          " is damaged at offset 0: its checksum does not agree");
+  const fs::path generation = path_ / name;
+  if (!fs::is_directory(generation))
+    throw CorruptionError("[open] " + (path_ / "CURRENT").string() + " names " + name + ", which does not exist");
+  return generation;
+}
+
+void StorageDirectory::replace_generation(const std::function<void(const fs::path&)>& build) {
+  uint64_t number = 0;
+  for (const auto& entry : fs::directory_iterator(path_)) {
+    const std::string name = entry.path().filename();
+    if (name.starts_with(kPrefix)) number = std::max(number, generation_number(name));
+  }
+  const std::string name = generation_name(number + 1);
+  const fs::path fresh = path_ / name;
+  try {
+    make_directory(fresh);
+    build(fresh);
+    fsync_directory(fresh);
+    write_file_atomically(path_ / "CURRENT", name + " " + checksum_text(name) + "\n");
+  } catch (...) {
+    std::error_code ignored;
+    // Unless the switch happened and only its sync failed.
+    bool live = false;
+    try {
+      live = fs::exists(path_ / "CURRENT") && generation() == fresh;
+    } catch (...) {
+    }
+    if (!live) fs::remove_all(fresh, ignored);
+    throw;
+  }
+  if (is_new_) {
+    fs::remove(path_ / "CREATING");
+    fsync_directory(path_);
+    is_new_ = false;
+  }
+  remove_stale_generations();
+}
+
+void StorageDirectory::remove_stale_generations() {
+  const fs::path live = generation();
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(path_, ignored)) {
+    if (entry.path().filename().string().starts_with(kPrefix) && entry.path() != live)
+      fs::remove_all(entry.path(), ignored);
+  }
+}
+
+}  // namespace damo

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The storage's directory:
+//   LOCK                 held by the one writer; its text names the holder
+//   CURRENT              the name of the live generation, with a checksum; replaced by rename
+//   CREATING             only while a storage is being made for the first time
+//   generation-NNNNNN/   MANIFEST, rocksdb/, log/: everything of one lineage, so that a restore can
+//                        build a new one aside and switch by replacing CURRENT
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "file.h"
+
+namespace damo {
+
+enum class OpenMode { kOpenOrCreate, kCreate, kOpen };
+
+class StorageDirectory {
+ public:
+  // Takes the lock. AlreadyOpenError names the holder; StorageError: not ours, absent (kOpen), already a
+  // storage (kCreate), not a directory, not writable. A creation that was interrupted starts again.
+  StorageDirectory(const std::filesystem::path& path, OpenMode mode);
+  ~StorageDirectory();
+  StorageDirectory(const StorageDirectory&) = delete;
+  StorageDirectory& operator=(const StorageDirectory&) = delete;
+
+  const std::filesystem::path& path() const noexcept { return path_; }
+  bool is_new() const noexcept { return is_new_; }  // there is no generation yet
+  // The live generation's directory. CorruptionError when CURRENT is damaged or names nothing.
+  std::filesystem::path generation() const;
+  // Calls build(directory) with a fresh, empty directory, syncs it, makes it the live generation and removes the
+  // others. When `build` throws, nothing has changed.
+  void replace_generation(const std::function<void(const std::filesystem::path&)>& build);
+  // Generations that are not live: left by a restore that was interrupted.
+  void remove_stale_generations();
+
+  // Gives the lock up. Idempotent.
+  void unlock() noexcept;
+
+ private:
+  std::filesystem::path path_;
+  FileDescriptor lock_;
+  uint64_t device_ = 0, inode_ = 0;
+  bool registered_ = false;
+  bool is_new_ = false;
+};
+
+}  // namespace damo

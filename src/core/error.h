@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The exceptions of the core. The bindings translate each to the Python class
+// of the same name in damo_embedding/errors.py; std::invalid_argument becomes
+// ValueError. A message says the operation in brackets, what came, what was
+// expected, and the way out:
+//   [lookup] out has shape (3, 8), expected (3, 16) for group "user"
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace damo {
+
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Bytes on disk are not what was written. Names the file and the key or offset.
+class CorruptionError : public Error {
+ public:
+  using Error::Error;
+};
+
+// The storage holds a group of another dimension, optimizer or initializer.
+class SchemaMismatchError : public Error {
+ public:
+  using Error::Error;
+};
+
+// The operating system or the cold tier refused: I/O error, disk full, memory.
+class StorageError : public Error {
+ public:
+  using Error::Error;
+};
+
+class ClosedError : public Error {
+ public:
+  using Error::Error;
+};
+
+class AlreadyOpenError : public Error {
+ public:
+  using Error::Error;
+};
+
+class ForkedHandleError : public Error {
+ public:
+  using Error::Error;
+};
+
+}  // namespace damo

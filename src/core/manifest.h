@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The manifest of a generation: the storage's identity and its groups. Small, rewritten whole and
+// atomically when a group is made; everything that changes with every step is in the log instead.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "format.h"
+#include "table_spec.h"
+
+namespace damo {
+
+struct Manifest {
+  std::array<std::byte, 16> storage_id{};
+  uint32_t next_table_id = 1;
+  std::vector<TableSpec> tables;  // in order of group
+};
+
+std::string encode_manifest(const Manifest& manifest);
+// CorruptionError names `source` and the offset; a newer format is refused in words.
+Manifest decode_manifest(Bytes bytes, const std::string& source);
+
+std::array<std::byte, 16> make_storage_id();
+
+// What a checkpoint directory says of itself, in its file CHECKPOINT.
+struct CheckpointFile {
+  std::string name;  // relative to the checkpoint, '/' between parts
+  uint64_t bytes = 0;
+  uint32_t crc32c = 0;
+};
+struct CheckpointManifest {
+  std::array<std::byte, 16> storage_id{};
+  StorageCounters counters;  // of the cut
+  int64_t step = -1;         // the caller's; -1: none given
+  std::string extra;
+  int64_t created = 0;  // wall time, seconds
+  std::vector<CheckpointFile> files;
+};
+std::string encode_checkpoint(const CheckpointManifest& manifest);
+CheckpointManifest decode_checkpoint(Bytes bytes, const std::string& source);
+
+}  // namespace damo

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Redo: at open, the log's records are done again, in order. A record changes a row only when the row's own sequence
+// number is older, so it does not matter how much of it had reached the cold tier. Needs the log and the manifest
+// alone: the numbers of an update are in its record.
+#include "error.h"
+#include "storage.h"
+
+namespace damo {
+
+void Storage::redo(const LogRecord& record) {
+  ++redone_records_;
+  redo_sequence_ = record.sequence;
+  ByteReader body(record.body, record.source, record.offset);
+  std::vector<uint64_t> keys;
+  const auto table_of = [&](uint32_t table_id) {
+    Table* table = table_by_id(table_id);
+    if (table == nullptr)
+      body.corrupt("it names table " + std::to_string(table_id) + ", which the manifest does not know");
+    return table;
+  };
+  switch (record.type) {
+    case RecordType::kApply: {
+      const ApplyRecord apply = decode_apply(body, keys);
+      clock_ = std::max(clock_, apply.time);
+      return table_of(apply.table_id)->redo_apply(record.sequence, apply, record.source, record.offset);
+    }
+    case RecordType::kInsert: {
+      const KeysRecord insert = decode_keys(body, keys);
+      clock_ = std::max(clock_, insert.time);
+      return table_of(insert.table_id)->redo_insert(record.sequence, insert);
+    }
+    case RecordType::kErase: {
+      const KeysRecord erase = decode_keys(body, keys);
+      clock_ = std::max(clock_, erase.time);
+      return table_of(erase.table_id)->redo_erase(record.sequence, erase);
+    }
+    case RecordType::kCommit:
+      last_commit_ = decode_commit(body);
+      return;
+  }
+  body.corrupt("a record of type " + std::to_string(static_cast<int>(record.type)) + " is of a newer version");
+}
+
+}  // namespace damo

@@ -1,0 +1,505 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "storage.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <ctime>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+#include "error.h"
+
+namespace damo {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr size_t kMaxQueuedPrefetches = 4;
+
+// The budget, divided. What is left for rows and their index is the rest.
+struct Budget {
+  explicit Budget(size_t memory) {
+    cache = memory / 8;                                                   // RocksDB: index, filters, blocks
+    write = std::clamp<size_t>(memory / 16, size_t{2} << 20, 64u << 20);  // table files being written
+    scratch = memory / 8;                                                 // batches, records on their way to the log
+    presence = memory / 32;                                               // which keys are in the cold tier
+    rows = memory - cache - write - scratch - presence;
+  }
+  size_t cache, write, scratch, presence, rows;
+};
+
+size_t default_threads() { return std::max(1u, std::thread::hardware_concurrency()); }
+
+}  // namespace
+
+// --------------------------------------------------------------------- use
+
+Storage::Use::Use(const Storage& storage, const char* operation) {
+  storage.check_process(operation);
+  open_ = std::shared_lock(storage.life_);
+  if (storage.closed_)
+    throw ClosedError(std::string("[") + operation + "] the storage " + storage.path_.string() +
+                      " is closed: open it again with Storage(path)");
+}
+
+bool Storage::is_forked() const noexcept { return getpid() != process_; }
+
+void Storage::check_process(const char* operation) const {
+  // Threads, locks and memory of the storage stay behind in a fork; nothing of it may be touched in the child.
+  if (is_forked())
+    throw ForkedHandleError(std::string("[") + operation + "] the storage " + path_.string() +
+                            " was opened by process " + std::to_string(process_) + ", this is its forked child " +
+                            std::to_string(getpid()) + ": open it after the fork, or keep it in the parent");
+}
+
+void Storage::check_writable() const { tiers_->throw_if_failed(); }
+
+std::unique_lock<std::mutex> Storage::begin_operation() {
+  tiers_->wait_for_cut_memory();
+  {
+    std::unique_lock lock(background_mutex_);
+    // The log is cut in the background; twice its bound is where operations wait for that.
+    log_shrunk_.wait(lock, [this] { return !log_full_ || stop_; });
+  }
+  std::unique_lock order(order_);
+  check_writable();
+  // Between operations, when the counts agree with the log's last record: a segment starts with them.
+  if (log_->should_rotate()) log_->rotate(encode_counters(counters()));
+  return order;
+}
+
+uint64_t Storage::append(RecordType type, std::span<const Bytes> parts) {
+  const uint64_t sequence = log_->append(type, parts);
+  if (log_->bytes() > log_limit_) {
+    const std::lock_guard lock(background_mutex_);
+    log_full_ = log_->bytes() > 2 * log_limit_;
+    background_wake_.notify_all();
+  }
+  return sequence;
+}
+
+void Storage::after_operation(uint64_t sequence) {
+  if (options_.durability == Durability::kDurable && sequence != 0) log_->sync_to(sequence);
+}
+
+int64_t Storage::tick() {
+  clock_ = std::max(clock_, given_now_ ? *given_now_ : static_cast<int64_t>(std::time(nullptr)));
+  return clock_;
+}
+
+StorageCounters Storage::counters() const {
+  StorageCounters counters;
+  counters.sequence = log_ ? log_->last_sequence() : redo_sequence_;
+  counters.clock = clock_;
+  counters.last_commit = last_commit_;
+  for (const auto& table : tables_)
+    if (table) counters.tables.push_back({table->spec().table_id, table->size(), table->step()});
+  return counters;
+}
+
+// -------------------------------------------------------------------- open
+
+Storage::Storage(Private, std::unique_ptr<StorageDirectory> directory, const StorageOptions& options)
+    : path_(directory->path()),
+      directory_(std::move(directory)),
+      options_(options),
+      process_(getpid()),
+      pool_(std::make_unique<ThreadPool>(options.threads != 0 ? options.threads : default_threads())) {}
+
+std::unique_ptr<Storage> Storage::open(const fs::path& path, const StorageOptions& options, OpenMode mode) {
+  if (options.memory_bytes < kMinMemoryBytes)
+    throw std::invalid_argument("[open] memory is " + std::to_string(options.memory_bytes) +
+                                " bytes, expected at least " + std::to_string(kMinMemoryBytes) + " (16 MiB)");
+  if (options.threads > 1024)
+    throw std::invalid_argument("[open] threads is " + std::to_string(options.threads) + ", expected 1 to 1024");
+  auto directory = std::make_unique<StorageDirectory>(path, mode);
+  if (directory->is_new()) {
+    directory->replace_generation([](const fs::path& generation) {
+      Manifest manifest;
+      manifest.storage_id = make_storage_id();
+      write_file_atomically(generation / "MANIFEST", encode_manifest(manifest));
+      make_directory(generation / "rocksdb");
+      make_directory(generation / "log");
+      OperationLog::create({.directory = generation / "log", .storage_id = manifest.storage_id}, 1,
+                           encode_counters({}));
+    });
+  }
+  auto storage = std::make_unique<Storage>(Private{}, std::move(directory), options);
+  storage->open_generation(storage->directory_->generation());
+  return storage;
+}
+
+void Storage::open_generation(const fs::path& generation) {
+  generation_ = generation;
+  const fs::path manifest_file = generation / "MANIFEST";
+  std::string bytes;
+  try {
+    bytes = read_file(manifest_file, size_t{64} << 20);
+  } catch (const MissingFileError&) {
+    throw CorruptionError("[open] " + manifest_file.string() + " is missing: restore a checkpoint");
+  }
+  manifest_ = decode_manifest(std::as_bytes(std::span(bytes)), manifest_file.string());
+
+  // A missing one is damage, never a reason to start with an empty one.
+  for (const char* part : {"rocksdb", "log"})
+    if (!fs::is_directory(generation / part))
+      throw CorruptionError("[open] the directory " + (generation / part).string() +
+                            " is missing: restore a checkpoint");
+
+  const Budget budget(options_.memory_bytes);
+  StoreOptions store_options;
+  store_options.directory = generation / "rocksdb";
+  store_options.cache_bytes = budget.cache;
+  store_options.write_bytes = budget.write;
+  store_ = open_rocksdb_store(store_options);
+  const size_t shards = std::bit_ceil(std::clamp<size_t>(pool_->size() * 4, 8, 256));
+  tiers_ = std::make_unique<Tiers>(
+      budget.rows, budget.presence, shards, *store_, *pool_,
+      [this](uint64_t sequence) {
+        if (log_) log_->sync_to(sequence);  // while redoing, the log was synced before it was read
+      },
+      [this](uint32_t table_id) -> const TableShape* {
+        const Table* table = table_by_id(table_id);
+        return table != nullptr ? &table->shape() : nullptr;
+      });
+
+  for (const TableSpec& spec : manifest_.tables) {
+    try {
+      tables_[spec.group] = std::make_unique<Table>(*this, spec);
+    } catch (const std::invalid_argument& unknown) {
+      throw CorruptionError("[open] " + manifest_file.string() +
+                            " names settings this version does not know: " + unknown.what());
+    }
+    tables_by_id_[spec.table_id] = tables_[spec.group].get();
+  }
+
+  const fs::path log_directory = generation / "log";
+  log_limit_ = options_.log_bytes;
+  if (log_limit_ == 0) {
+    const fs::space_info space = fs::space(generation);
+    log_limit_ = std::max<uint64_t>({size_t{1} << 30, 4 * options_.memory_bytes});
+    log_limit_ = std::max<uint64_t>(std::min<uint64_t>(log_limit_, space.available / 8), size_t{64} << 20);
+  }
+  const LogOptions log_options{
+      .directory = log_directory,
+      .storage_id = manifest_.storage_id,
+      .segment_bytes = std::clamp<uint64_t>(log_limit_ / 8, size_t{1} << 20, size_t{256} << 20)};
+  // Rows redone may be evicted at once, so what is redone must not be lost afterwards: sync it before reading it.
+  for (const auto& entry : fs::directory_iterator(log_directory)) fsync_file(entry.path());
+  log_ = OperationLog::recover(
+      log_options,
+      [&](uint64_t first_sequence, std::string_view state) {
+        // What reached the cold tier after the filter was saved is in the log, and passes through memory again.
+        if (store_->stats().files == 0 || tiers_->presence().load(presence_file(), first_sequence - 1))
+          tiers_->presence().set_complete();
+        const StorageCounters counters =
+            decode_counters(std::as_bytes(std::span(state)), (log_directory / "(oldest segment)").string());
+        clock_ = counters.clock;
+        last_commit_ = counters.last_commit;
+        for (const TableCounters& table : counters.tables) {
+          Table* known = table_by_id(table.table_id);
+          if (known == nullptr) continue;
+          known->rows_ = table.rows;
+          known->step_ = table.group_step;
+        }
+      },
+      [&](const LogRecord& record) { redo(record); });
+  directory_->remove_stale_generations();
+  maintenance_ = start_quiet_thread([this] { maintenance_loop(); });
+  prefetcher_ = start_quiet_thread([this] { prefetch_loop(); });
+}
+
+Storage::~Storage() {
+  if (is_forked()) {
+    // A forked child: the threads do not exist here, and neither the files nor the memory are ours to touch.
+    maintenance_.detach();
+    prefetcher_.detach();
+    (void)tiers_.release();
+    (void)log_.release();
+    (void)store_.release();
+    (void)pool_.release();
+    (void)signals_.release();
+    return;
+  }
+  try {
+    close();
+  } catch (...) {
+    // What could not be written is in the log.
+  }
+  stop_threads();
+}
+
+void Storage::stop_threads() noexcept {
+  {
+    const std::lock_guard lock(background_mutex_);
+    stop_ = true;
+  }
+  background_wake_.notify_all();
+  log_shrunk_.notify_all();
+  if (maintenance_.joinable()) maintenance_.join();
+  if (prefetcher_.joinable()) prefetcher_.join();
+}
+
+void Storage::close() {
+  if (closed_) return;
+  check_process("close");
+  {
+    // Calls in flight end first; a call that waits for the background must not wait for ever.
+    const std::unique_lock alone(life_);
+    if (closed_) return;
+    closed_ = true;
+  }
+  stop_threads();
+  std::exception_ptr failure;
+  if (tiers_ && log_) {
+    try {
+      tiers_->throw_if_failed();
+      cut_log();
+    } catch (...) {
+      // Not lost: the log has it, and the next open redoes it.
+      try {
+        log_->sync();
+      } catch (...) {
+        failure = std::current_exception();
+      }
+    }
+    tiers_->stop();
+  }
+  try {
+    if (store_) store_->close();
+  } catch (...) {
+    if (!failure) failure = std::current_exception();
+  }
+  tiers_.reset();
+  log_.reset();
+  store_.reset();
+  directory_->unlock();
+  if (failure) std::rethrow_exception(failure);
+}
+
+// ------------------------------------------------------------------ groups
+
+Table* Storage::table_by_id(uint32_t table_id) const {
+  const auto found = tables_by_id_.find(table_id);
+  return found != tables_by_id_.end() ? found->second : nullptr;
+}
+
+Table& Storage::table(TableSpec wanted) {
+  const Use use(*this, "embedding");
+  const std::unique_lock order(order_);
+  if (!wanted.name.empty()) {
+    // A name takes the highest free number: clear of the low ones that people give themselves.
+    uint32_t free = kNumGroups;
+    wanted.group = kNumGroups;
+    for (uint32_t group = kNumGroups; group-- > 0;) {
+      if (tables_[group] && tables_[group]->spec().name == wanted.name) wanted.group = group;
+      if (!tables_[group] && free == kNumGroups) free = group;
+    }
+    if (wanted.group == kNumGroups) wanted.group = free;
+    if (wanted.group == kNumGroups)
+      throw std::invalid_argument(
+          "[embedding] the storage has 256 groups already: use one of them, or another storage");
+  }
+  check_spec(wanted);
+  wanted.stream = stream_of(wanted.group, wanted.name);
+  // Built before anything changes: bad settings show here. The initializer says which settings it stands for.
+  const TableShape shape(wanted);
+  wanted.state = shape.optimizer->state();
+  wanted.initializer_settings = shape.initializer->settings();
+  const size_t row_bytes = tiers_->hot().slot_bytes(shape.num_floats());
+  if (row_bytes > tiers_->hot().max_slot_bytes())
+    throw std::invalid_argument("[embedding] a row of " + std::to_string(row_bytes) +
+                                " bytes is too large for memory=" + std::to_string(options_.memory_bytes) +
+                                ": give the storage more memory");
+  if (tables_[wanted.group]) {
+    Table& known = *tables_[wanted.group];
+    check_same_layout(known.spec(), wanted);
+    if (known.in_use_ && known.spec().optimizer_settings != wanted.optimizer_settings)
+      throw SchemaMismatchError("[embedding] " + known.spec().label() +
+                                " is open with other optimizer settings: use equal settings, or set the rate with lr");
+    if (!known.in_use_ && known.spec().optimizer_settings != wanted.optimizer_settings) {
+      // A rate or a beta may change from one run to the next.
+      const std::lock_guard structure(tiers_->structure());
+      known.adopt(wanted);
+    }
+    known.in_use_ = true;
+    for (TableSpec& spec : manifest_.tables) {
+      if (spec.group != wanted.group || spec.optimizer_settings == known.spec().optimizer_settings) continue;
+      spec.optimizer_settings = known.spec().optimizer_settings;
+      save_manifest();
+    }
+    return known;
+  }
+  check_writable();
+  wanted.table_id = manifest_.next_table_id;
+  auto table = std::make_unique<Table>(*this, wanted);
+  const Manifest before = manifest_;
+  manifest_.tables.push_back(wanted);
+  std::sort(manifest_.tables.begin(), manifest_.tables.end(),
+            [](const TableSpec& a, const TableSpec& b) { return a.group < b.group; });
+  ++manifest_.next_table_id;
+  try {
+    save_manifest();
+  } catch (...) {
+    manifest_ = before;
+    throw;
+  }
+  const std::lock_guard structure(tiers_->structure());
+  tables_by_id_[wanted.table_id] = table.get();
+  tables_[wanted.group] = std::move(table);
+  tables_[wanted.group]->in_use_ = true;
+  return *tables_[wanted.group];
+}
+
+void Storage::save_manifest() { write_file_atomically(generation_ / "MANIFEST", encode_manifest(manifest_)); }
+
+// ------------------------------------------------------------------ commit
+
+void Storage::commit(int64_t step, std::string extra) {
+  const Use use(*this, "commit");
+  if (extra.size() > kMaxExtraBytes)
+    throw std::invalid_argument("[commit] extra has " + std::to_string(extra.size()) +
+                                " bytes, expected at most 16 MiB");
+  uint64_t sequence = 0;
+  {
+    const std::unique_lock order = begin_operation();
+    CommitRecord record{step, std::move(extra)};
+    const std::string body = encode_commit(record);
+    const std::array<Bytes, 1> parts{std::as_bytes(std::span(body))};
+    const std::optional<CommitRecord> before = std::exchange(last_commit_, std::move(record));
+    try {
+      sequence = append(RecordType::kCommit, parts);
+    } catch (...) {
+      last_commit_ = before;
+      throw;
+    }
+  }
+  log_->sync_to(sequence);
+}
+
+std::optional<CommitRecord> Storage::last_commit() const {
+  const Use use(*this, "last_commit");
+  const std::lock_guard order(order_);
+  return last_commit_;
+}
+
+// ------------------------------------------------------------------- clock
+
+int64_t Storage::now() const {
+  const Use use(*this, "now");
+  const std::lock_guard order(order_);
+  return std::max(clock_, given_now_ ? *given_now_ : static_cast<int64_t>(std::time(nullptr)));
+}
+
+void Storage::set_now(int64_t now) {
+  const Use use(*this, "now");
+  const std::lock_guard order(order_);
+  given_now_ = std::max({now, clock_, given_now_.value_or(now)});
+}
+
+// ------------------------------------------------------------------- stats
+
+StorageStats Storage::stats() const {
+  const Use use(*this, "stats");
+  StorageStats stats;
+  stats.tiers = tiers_->stats();
+  stats.store = store_->stats();
+  stats.log_bytes = log_->bytes();
+  stats.sequence = log_->last_sequence();
+  stats.synced_sequence = log_->synced_sequence();
+  stats.redone_records = redone_records_;
+  const std::lock_guard order(order_);
+  for (const auto& table : tables_) {
+    if (!table) continue;
+    const TableSpec& spec = table->spec();
+    stats.groups.push_back({spec.group, spec.name, spec.dimension, table->size(), table->step(),
+                            StoredKey::kBytes + kRowHeaderBytes + table->shape().num_floats() * sizeof(float)});
+  }
+  return stats;
+}
+
+// -------------------------------------------------------------- background
+
+void Storage::build_presence() {
+  // Keys written from now on are added as they go; this adds those that are there already.
+  const auto rows = store_->snapshot()->scan(StoredKey::make(0, 0), std::nullopt);
+  for (size_t count = 1; rows->next(); ++count) {
+    tiers_->presence().add(rows->key());
+    if (count % 4096 == 0) {
+      const std::lock_guard lock(background_mutex_);
+      if (stop_) return;
+    }
+  }
+  tiers_->presence().set_complete();
+}
+
+uint64_t Storage::cut_log() {
+  uint64_t sequence = 0;
+  cut([&](const CutInfo& info) { sequence = info.counters.sequence; });
+  if (tiers_->presence().complete()) tiers_->presence().save(presence_file(), sequence);
+  log_->drop_through(sequence);
+  return sequence;
+}
+
+void Storage::maintenance_loop() {
+  if (!tiers_->presence().complete()) {
+    try {
+      build_presence();
+    } catch (...) {
+      // It only saves reads. A damaged row is reported by whoever needs it.
+    }
+  }
+  std::unique_lock lock(background_mutex_);
+  uint64_t cut_at = 0;  // the last record a cut has seen: without a newer one, another cut would gain nothing
+  while (true) {
+    background_wake_.wait(lock,
+                          [&] { return stop_ || (log_->bytes() > log_limit_ && log_->last_sequence() > cut_at); });
+    if (stop_) return;
+    lock.unlock();
+    bool failed = false;
+    try {
+      cut_at = cut_log();
+    } catch (...) {
+      tiers_->fail(std::current_exception());
+      failed = true;
+    }
+    lock.lock();
+    log_full_ = false;
+    log_shrunk_.notify_all();
+    if (failed) {
+      background_wake_.wait(lock, [this] { return stop_; });
+      return;
+    }
+  }
+}
+
+void Storage::prefetch(Table& table, std::vector<uint64_t> keys) {
+  const std::lock_guard lock(background_mutex_);
+  if (prefetches_.size() >= kMaxQueuedPrefetches) prefetches_.pop_front();  // the oldest is likely too late anyway
+  prefetches_.emplace_back(&table, std::move(keys));
+  background_wake_.notify_all();
+}
+
+void Storage::prefetch_loop() {
+  std::unique_lock lock(background_mutex_);
+  while (true) {
+    background_wake_.wait(lock, [this] { return stop_ || !prefetches_.empty(); });
+    if (stop_) return;
+    const auto [table, keys] = std::move(prefetches_.front());
+    prefetches_.pop_front();
+    lock.unlock();
+    try {
+      Batch batch(keys, std::nullopt);
+      Tiers::HotRead read = tiers_->read_hot(table->shape(), batch, ShardOrder(batch, tiers_->hot()), nullptr, false);
+      tiers_->bring_in(table->shape(), batch, std::move(read.missing), nullptr);
+    } catch (...) {
+      // Only a hint: the lookup that follows meets the same error and reports it.
+    }
+    lock.lock();
+  }
+}
+
+}  // namespace damo

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A storage: one directory, its groups, its operation log, its rows in memory and on disk. Start here.
+//
+//   storage.cc      open, groups, commit, close, the clock, the background threads
+//   redo.cc         what the log says happened, done again after a crash
+//   cut.cc          cut, checkpoint, restore, dump
+//   table.h, .cc    one group's rows: lookup, apply_gradients, erase, scan
+//
+// Thread safety: all methods of Storage and Table, from any thread. Operations that change rows are numbered,
+// logged and applied in one order; lookups run beside them.
+//
+// Errors: see error.h. ClosedError after close(), ForkedHandleError in a forked child. When the log or the cold tier
+// fails to write, the storage latches: reads go on, every later change throws the first error; reopening redoes what
+// was logged.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "directory.h"
+#include "manifest.h"
+#include "operation_log.h"
+#include "store.h"
+#include "table.h"
+#include "thread_pool.h"
+#include "tiers.h"
+
+namespace damo {
+
+enum class Durability {
+  kLogged,   // an operation is in the log when it returns: survives the death of the process
+  kDurable,  // and synced: survives power loss
+};
+
+inline constexpr size_t kMinMemoryBytes = size_t{16} << 20;
+inline constexpr size_t kMaxExtraBytes = size_t{16} << 20;  // of a commit or checkpoint
+
+struct StorageOptions {
+  size_t memory_bytes = size_t{1} << 30;
+  Durability durability = Durability::kLogged;
+  size_t threads = 0;      // 0: one per core
+  uint64_t log_bytes = 0;  // 0: max(1 GiB, 4 x memory), at most an eighth of the free disk
+};
+
+struct StorageStats {
+  TiersStats tiers;
+  StoreStats store;
+  uint64_t log_bytes = 0;
+  uint64_t sequence = 0;
+  uint64_t synced_sequence = 0;
+  uint64_t redone_records = 0;  // at the last open
+  struct Group {
+    uint32_t group;
+    std::string name;
+    uint32_t dimension;
+    uint64_t rows;
+    uint64_t step;
+    uint64_t row_bytes;  // of a stored row with floats
+  };
+  std::vector<Group> groups;
+};
+
+class Storage {
+ public:
+  static std::unique_ptr<Storage> open(const std::filesystem::path& path, const StorageOptions& options, OpenMode mode);
+  // Replaces what is at `path` (a storage that is not open, an empty directory, or nothing) by the checkpoint.
+  // Verifies every file first; on any error nothing has changed.
+  static void restore(const std::filesystem::path& checkpoint, const std::filesystem::path& path);
+  ~Storage();
+  Storage(const Storage&) = delete;
+  Storage& operator=(const Storage&) = delete;
+
+  // Opens a group, or makes it. `wanted.group` is kNumGroups when only a name is given. The Table lives as long as the
+  // storage. std::invalid_argument, SchemaMismatchError.
+  Table& table(TableSpec wanted);
+
+  // Syncs the log: all that returned before survives power loss. `step` and `extra` come back as last_commit().
+  void commit(int64_t step, std::string extra);
+  std::optional<CommitRecord> last_commit() const;
+
+  // Keeps the storage as it is now in a new directory that must not exist; whole or not at all.
+  void checkpoint(const std::filesystem::path& directory, int64_t step, std::string extra);
+  struct DumpConditions {
+    std::optional<uint32_t> group{};
+    uint32_t min_count = 0;
+    std::optional<int64_t> updated_since{};  // last update at or after this time
+  };
+  // Writes the serving file; returns how many rows it holds.
+  uint64_t dump(const std::filesystem::path& file, const DumpConditions& conditions);
+
+  // Seconds since 1970: what was set, or else the wall clock; it never runs back.
+  int64_t now() const;
+  void set_now(int64_t now);
+
+  StorageStats stats() const;
+  const std::filesystem::path& path() const noexcept { return path_; }
+  bool closed() const noexcept { return closed_.load(); }
+  // Writes changed rows to the cold tier, then lets go of the directory. When that write fails (a full disk), the log
+  // keeps them and the next open redoes it. Waits for calls in flight. Idempotent.
+  void close();
+
+ private:
+  friend class Table;
+  friend class Scan;
+  struct Private {};
+
+ public:
+  explicit Storage(Private, std::unique_ptr<StorageDirectory> directory, const StorageOptions& options);
+
+ private:
+  // A call in flight: keeps the storage open until it is over.
+  class Use {
+   public:
+    Use(const Storage& storage, const char* operation);
+
+   private:
+    std::shared_lock<std::shared_mutex> open_;
+  };
+  bool is_forked() const noexcept;
+  void check_process(const char* operation) const;
+  void check_writable() const;
+  // The order lock, once the log has room and an open cut has memory.
+  std::unique_lock<std::mutex> begin_operation();
+  // Appends a record; the order lock is held.
+  uint64_t append(RecordType type, std::span<const Bytes> parts);
+  void after_operation(uint64_t sequence);  // no lock held: in mode durable, waits for the sync
+  int64_t tick();                           // the order lock is held: the time of the operation
+  StorageCounters counters() const;         // the order lock is held
+
+  void open_generation(const std::filesystem::path& generation);
+  void redo(const LogRecord& record);
+  void save_manifest();
+  Table* table_by_id(uint32_t table_id) const;
+
+  struct CutInfo {
+    StorageCounters counters;
+    Manifest manifest;
+  };
+  // One cut; `closed` runs while the cold tier is exactly the cut.
+  void cut(const std::function<void(const CutInfo&)>& closed);
+  std::shared_ptr<const StoreSnapshot> snapshot(CutInfo& info);
+
+  // A cut, after which the log below it is not needed any more. Returns its sequence number.
+  uint64_t cut_log();
+  std::filesystem::path presence_file() const { return generation_ / "presence"; }
+  void build_presence();
+  void maintenance_loop();
+  void prefetch_loop();
+  void prefetch(Table& table, std::vector<uint64_t> keys);
+  void stop_threads() noexcept;
+
+  std::filesystem::path path_;
+  std::unique_ptr<StorageDirectory> directory_;
+  std::filesystem::path generation_;
+  StorageOptions options_;
+  int64_t process_;
+
+  mutable std::shared_mutex life_;  // calls hold it shared, close() alone
+  std::atomic<bool> closed_{false};
+
+  std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<Store> store_;
+  std::unique_ptr<OperationLog> log_;
+  std::unique_ptr<Tiers> tiers_;
+
+  mutable std::mutex order_;  // protects what follows, and the order of operations
+  Manifest manifest_;
+  std::array<std::unique_ptr<Table>, kNumGroups> tables_;
+  std::map<uint32_t, Table*> tables_by_id_;  // changed under the structure lock too
+  std::optional<CommitRecord> last_commit_;
+  int64_t clock_ = 0;
+  std::optional<int64_t> given_now_;
+  uint64_t log_limit_ = 0;
+  uint64_t redone_records_ = 0;
+  uint64_t redo_sequence_ = 0;  // of the record being redone, while there is no log yet
+
+  // background
+  // In an object of its own, which a forked child leaves alone: a condition that a thread of the parent waits on would
+  // have the child's destructor wait for ever.
+  struct Signals {
+    std::mutex mutex;
+    std::condition_variable wake, log_shrunk;
+  };
+  std::unique_ptr<Signals> signals_ = std::make_unique<Signals>();
+  std::mutex& background_mutex_ = signals_->mutex;
+  std::condition_variable& background_wake_ = signals_->wake;
+  std::condition_variable& log_shrunk_ = signals_->log_shrunk;
+  bool stop_ = false;
+  bool log_full_ = false;
+  std::deque<std::pair<Table*, std::vector<uint64_t>>> prefetches_;
+  std::thread maintenance_, prefetcher_;
+};
+
+}  // namespace damo

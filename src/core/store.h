@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The contract of a cold tier: an ordered map from stored keys to opaque bytes.
+// It knows nothing of dimensions, groups or optimizers. Writes come in sorted
+// batches; a batch is durable (synced) and visible, whole, when commit()
+// returns. Nothing else ever reaches the store, so whatever is in it is in
+// synced table files, and the operation log may be cut below it.
+//
+// Thread safety: multi_get, snapshot and stats from any number of threads, beside one
+// writer. Two writers at once are the caller's mistake.
+//
+// Errors: every failed read throws (StorageError, or CorruptionError when the
+// bytes are damaged) and is never reported as an absent key. The first failed write is
+// latched: each later write throws it again; reads go on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "format.h"
+
+namespace damo {
+
+// Table settings a store may use; all in bytes.
+struct StoreOptions {
+  std::filesystem::path directory;  // created if absent; the memory store only loads a linked copy from it
+  size_t cache_bytes = 32 << 20;    // block cache: data, index, filters, table builders
+  size_t write_bytes = 16 << 20;    // what writers and compactions may hold
+  int read_threads = 16;            // concurrent reads of one multi_get
+  bool read_only = false;
+};
+
+// One file of a linked copy, relative to its directory.
+struct LinkedFile {
+  std::string name;
+  uint64_t bytes = 0;
+  // crc32c as RocksDB keeps it in its manifest (standard CRC-32C, not masked); computed by us for the small files.
+  uint32_t crc32c = 0;
+};
+
+struct StoreStats {
+  uint64_t disk_bytes = 0;  // live files
+  uint64_t files = 0;
+  uint64_t cache_bytes = 0;  // in use now
+  uint64_t keys_read = 0;    // asked of multi_get since open
+  uint64_t keys_found = 0;
+  uint64_t keys_written = 0;   // puts and deletes committed since open
+  uint64_t bytes_written = 0;  // by commits (not by compaction)
+  uint64_t commits = 0;
+};
+
+class StoreWriter {
+ public:
+  virtual ~StoreWriter() = default;  // without commit(): leaves the store as it was
+  // Keys strictly ascending over all puts and erases of one writer.
+  virtual void put(const StoredKey& key, Bytes value) = 0;
+  virtual void erase(const StoredKey& key) = 0;
+  // Syncs, then makes the whole batch visible at once. An empty batch does nothing.
+  virtual void commit() = 0;
+};
+
+class StoreIterator {
+ public:
+  virtual ~StoreIterator() = default;
+  // Moves to the next entry (the first one on the first call). False at the end; throws on a read error.
+  virtual bool next() = 0;
+  virtual StoredKey key() const = 0;
+  virtual Bytes value() const = 0;  // valid until the next call of next()
+};
+
+class StoreSnapshot {
+ public:
+  virtual ~StoreSnapshot() = default;
+  // Entries with first <= key < last in order, as they were when the snapshot was taken.
+  // `last` absent: to the end.
+  virtual std::unique_ptr<StoreIterator> scan(const StoredKey& first, const std::optional<StoredKey>& last) const = 0;
+};
+
+class Store {
+ public:
+  // Called once for each key that is present, perhaps from several threads at once (never twice for one
+  // index). `value` is valid during the call only. An exception it throws comes out of multi_get.
+  using Found = std::function<void(size_t index, Bytes value)>;
+
+  virtual ~Store() = default;
+  // Keys strictly ascending. Blocks until all are read.
+  virtual void multi_get(std::span<const StoredKey> keys, const Found& found) const = 0;
+  virtual std::unique_ptr<StoreWriter> begin_write() = 0;
+  virtual std::shared_ptr<const StoreSnapshot> snapshot() const = 0;
+  // Hard-links (copies across file systems) a consistent copy of everything committed into `directory`, which
+  // must not exist; every file and the directory are synced on return. StoreOptions{directory} opens it.
+  virtual std::vector<LinkedFile> link_into(const std::filesystem::path& directory) = 0;
+  virtual StoreStats stats() const = 0;
+  // Waits for or cancels background work, in bounded time; later calls throw ClosedError. Idempotent.
+  virtual void close() = 0;
+};
+
+std::unique_ptr<Store> open_memory_store(const StoreOptions& options);
+std::unique_ptr<Store> open_rocksdb_store(const StoreOptions& options);
+
+}  // namespace damo

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One group's rows. Keys are 64 bits (an int64 and a uint64 of the same bits are the same key); a batch may hold
+// a key many times. Arrays are row-major and contiguous; out and gradients are float32 [keys, dimension].
+//
+// Thread safety: all methods, from any thread. A lookup sees each row at one moment.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "batch.h"
+#include "format.h"
+#include "store.h"
+#include "table_spec.h"
+
+namespace damo {
+
+class Storage;
+
+struct RowInfo {
+  uint64_t key = 0;
+  uint32_t update_count = 0;
+  uint32_t step = 0;  // the group's step at the last update
+  int64_t time = 0;
+  uint64_t sequence = 0;
+  bool in_memory = false;
+  std::vector<float> floats{};  // weights, then state
+};
+
+// Rows of one cut, in the order of their mixed keys.
+class Scan {
+ public:
+  Scan() = default;
+  ~Scan();
+  Scan(const Scan&) = delete;
+  Scan& operator=(const Scan&) = delete;
+  // Fills up to `limit` rows; returns how many. Each span holds `limit` rows; `floats` is [limit, num_floats].
+  size_t next(size_t limit, uint64_t* keys, float* floats, uint32_t* update_counts, int64_t* times);
+  size_t num_floats() const noexcept { return shape_->num_floats(); }
+
+ private:
+  friend class Table;
+  Storage* storage_ = nullptr;
+  const TableShape* shape_ = nullptr;
+  std::shared_ptr<const StoreSnapshot> snapshot_;
+  std::unique_ptr<StoreIterator> rows_;
+};
+
+class Table {
+ public:
+  Table(Storage& storage, TableSpec spec);
+
+  const TableSpec& spec() const noexcept { return shape_.spec; }
+  const Optimizer& optimizer() const noexcept { return *shape_.optimizer; }
+  uint64_t size() const noexcept { return rows_.load(); }
+  uint64_t step() const noexcept { return step_.load(); }  // applied updates
+  double lr() const noexcept { return lr_.load(); }
+  void set_lr(double lr);
+
+  // Fills `out` for every key. With `insert`, keys without a row get one (a training lookup), and the batch comes back
+  // for the backward pass. Without, nothing is stored, counted or evicted; unknown keys read as their first weights, or
+  // as zeros. Positions whose key is `padding` read as zeros and belong to no row. On an error `out` is unspecified.
+  std::shared_ptr<Batch> lookup(std::span<const uint64_t> keys, float* out, bool insert, bool zeros,
+                                std::optional<uint64_t> padding);
+
+  struct Part {
+    const Batch* batch;      // of this table's lookup
+    const float* gradients;  // [positions, dimension]
+  };
+  // One optimizer step: the gradients of all parts summed per key in order of appearance. Keys without a row get one.
+  // `lr` overrides the rate for this step. NaN or infinity: std::invalid_argument names the first key, nothing is
+  // applied.
+  void apply_gradients(std::span<const Part> parts, std::optional<double> lr);
+  // The same for several tables: every table's arguments and sums are checked before any table changes.
+  struct Update {
+    Table* table;
+    std::vector<Part> parts;
+    std::optional<double> lr;
+  };
+  static void apply_gradients(std::span<const Update> updates);
+  // The same gradients with each key once, for who looks at them before they are applied: a batch with one position
+  // a row, and its gradients [rows, dimension]. NaN and infinity pass.
+  std::pair<std::shared_ptr<Batch>, std::unique_ptr<float[]>> merge(std::span<const Part> parts) const;
+  void apply_gradients(std::span<const uint64_t> keys, const float* gradients, std::optional<double> lr);
+
+  uint64_t erase(std::span<const uint64_t> keys);  // returns how many rows went
+  void contains(std::span<const uint64_t> keys, bool* out) const;
+  std::optional<RowInfo> inspect(uint64_t key) const;
+  void prefetch(std::span<const uint64_t> keys);  // a hint: returns at once
+  std::unique_ptr<Scan> scan();                   // of a cut made now
+
+ private:
+  friend class Storage;
+  const TableShape& shape() const noexcept { return shape_; }
+  void adopt(const TableSpec& wanted);  // other optimizer settings of the same layout; order and structure lock held
+  void expand(const Batch& batch, float* out) const;
+  void create(Batch& batch, std::span<const uint32_t> rows, std::optional<uint32_t> absent_at, float* out);
+  struct Sums {
+    std::unique_ptr<const Batch> merged;  // unless there is exactly one part
+    const Batch* batch = nullptr;         // the part's, or `merged`
+    std::unique_ptr<float[]> gradients;   // [rows, dimension]
+  };
+  Sums sum(std::span<const Part> parts) const;
+  void apply_sums(const Batch& batch, const float* sums, std::optional<double> lr);
+  std::vector<uint32_t> missing_rows(const Batch& batch) const;  // rows that exist nowhere
+  void redo_apply(uint64_t sequence, const ApplyRecord& record, const std::string& source, uint64_t offset);
+  void redo_insert(uint64_t sequence, const KeysRecord& record);
+  void redo_erase(uint64_t sequence, const KeysRecord& record);
+
+  Storage& storage_;
+  TableShape shape_;
+  std::atomic<uint64_t> rows_{0};  // written under the order lock
+  std::atomic<uint64_t> step_{0};
+  std::atomic<double> lr_;
+  bool in_use_ = false;  // some Embedding of this process has it; order lock
+
+  // The last training lookup, for an apply_gradients of the same keys: saves finding repeats and rows again.
+  struct LastLookup {
+    std::vector<uint64_t> keys;
+    std::shared_ptr<Batch> batch;
+  };
+  std::mutex last_mutex_;
+  LastLookup last_;
+};
+
+}  // namespace damo
