@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "storage.h"
+
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include "arrays.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace damo::bindings;
+using damo::Batch;
+using damo::Storage;
+using damo::Table;
+
+std::vector<Table::Part> parts_of(const Table& table, const nb::list& items);
+
+namespace {
+
+damo::OpenMode mode_of(const std::string& mode) {
+  if (mode == "create") return damo::OpenMode::kCreate;
+  if (mode == "open") return damo::OpenMode::kOpen;
+  return damo::OpenMode::kOpenOrCreate;
+}
+
+std::unique_ptr<Storage> open_storage(const std::string& path, const std::string& mode, uint64_t memory_bytes,
+                                      const std::string& durability, uint64_t threads, uint64_t log_bytes) {
+  damo::StorageOptions options;
+  options.memory_bytes = memory_bytes;
+  options.durability = durability == "durable" ? damo::Durability::kDurable : damo::Durability::kLogged;
+  options.threads = threads;
+  options.log_bytes = log_bytes;
+  const nb::gil_scoped_release released;
+  return Storage::open(path, options, mode_of(mode));
+}
+
+Table& open_table(Storage& storage, std::optional<uint32_t> group, const std::string& name, uint32_t dimension,
+                  const std::string& optimizer, const std::map<std::string, double>& optimizer_settings,
+                  const std::string& initializer, const std::map<std::string, double>& initializer_settings,
+                  uint64_t seed) {
+  damo::TableSpec spec;
+  spec.group = group.value_or(damo::kNumGroups);
+  spec.name = name;
+  spec.dimension = dimension;
+  spec.optimizer = optimizer;
+  spec.optimizer_settings = {optimizer_settings.begin(), optimizer_settings.end()};
+  spec.initializer = initializer;
+  spec.initializer_settings = {initializer_settings.begin(), initializer_settings.end()};
+  spec.seed = seed;
+  const nb::gil_scoped_release released;
+  return storage.table(std::move(spec));
+}
+
+nb::dict stats_of(const Storage& storage) {
+  damo::StorageStats stats;
+  {
+    const nb::gil_scoped_release released;
+    stats = storage.stats();
+  }
+  nb::dict out;
+  uint64_t rows = 0;
+  nb::list groups;
+  for (const auto& group : stats.groups) {
+    nb::dict entry;
+    entry["group"] = group.group;
+    entry["name"] = group.name;
+    entry["dimension"] = group.dimension;
+    entry["rows"] = group.rows;
+    entry["step"] = group.step;
+    entry["row_bytes"] = group.row_bytes;
+    groups.append(entry);
+    rows += group.rows;
+  }
+  out["rows"] = rows;
+  out["hot_rows"] = stats.tiers.hot_rows;
+  out["hot_bytes"] = stats.tiers.hot_bytes;
+  out["hot_bytes_in_use"] = stats.tiers.hot_bytes_in_use;
+  out["hits"] = stats.tiers.hits;
+  out["cold_hits"] = stats.tiers.cold_hits;
+  out["created"] = stats.tiers.created;
+  out["misses"] = stats.tiers.cold_hits + stats.tiers.created;
+  out["evictions"] = stats.tiers.evicted;
+  out["written_back"] = stats.tiers.written_back;
+  out["write_waits"] = stats.tiers.write_waits;
+  out["cuts"] = stats.tiers.cuts;
+  out["cut_rows"] = stats.tiers.cut_rows;
+  out["cut_displaced"] = stats.tiers.cut_displaced;
+  out["cut_pause_seconds"] = stats.tiers.cut_pause_seconds;
+  out["disk_bytes"] = stats.store.disk_bytes;
+  out["disk_files"] = stats.store.files;
+  out["disk_cache_bytes"] = stats.store.cache_bytes;
+  out["disk_keys_read"] = stats.store.keys_read;
+  out["disk_keys_found"] = stats.store.keys_found;
+  out["disk_keys_written"] = stats.store.keys_written;
+  out["disk_bytes_written"] = stats.store.bytes_written;
+  out["log_bytes"] = stats.log_bytes;
+  out["sequence"] = stats.sequence;
+  out["synced_sequence"] = stats.synced_sequence;
+  out["redone_records"] = stats.redone_records;
+  out["groups"] = groups;
+  return out;
+}
+
+}  // namespace
+
+void bind_storage(nb::module_& m) {
+  m.attr("MIN_MEMORY_BYTES") = damo::kMinMemoryBytes;
+  m.attr("MAX_DIMENSION") = damo::kMaxDimension;
+  m.def(
+      "restore",
+      [](const std::string& checkpoint, const std::string& path) {
+        const nb::gil_scoped_release released;
+        Storage::restore(checkpoint, path);
+      },
+      "checkpoint"_a, "path"_a);
+
+  nb::class_<Storage>(m, "Storage", "One directory, its groups, its log, its rows.")
+      .def_static("open", &open_storage, "path"_a, "mode"_a, "memory_bytes"_a, "durability"_a, "threads"_a,
+                  "log_bytes"_a)
+      .def_prop_ro("path", [](const Storage& storage) { return storage.path().string(); })
+      .def_prop_ro("closed", &Storage::closed)
+      .def("table", &open_table, "group"_a.none(), "name"_a, "dimension"_a, "optimizer"_a, "optimizer_settings"_a,
+           "initializer"_a, "initializer_settings"_a, "seed"_a, nb::rv_policy::reference_internal)
+      .def(
+          "forward_many",
+          [](Storage&, const nb::list& items, bool insert, bool zeros) {
+            struct Item {
+              Table* table;
+              std::span<const uint64_t> keys;
+              float* out;
+              std::optional<uint64_t> padding;
+            };
+            std::vector<Item> work;
+            for (const nb::handle item : items) {
+              const auto given = nb::cast<nb::tuple>(item);
+              auto* table = nb::cast<Table*>(given[0]);
+              const auto keys = nb::cast<AnyKeys>(given[1], false);
+              const auto out = nb::cast<OutRows>(given[2], false);
+              const auto span = keys_of("lookup", keys);
+              check_rows("lookup", "out", out.shape(0), out.shape(1), span.size(), table->spec().dimension,
+                         table->spec().label());
+              work.push_back({table, span, out.data(), key_bits(given[3])});
+            }
+            std::vector<std::shared_ptr<Batch>> batches;
+            {
+              const nb::gil_scoped_release released;
+              for (const Item& item : work)
+                batches.push_back(item.table->lookup(item.keys, item.out, insert, zeros, item.padding));
+            }
+            nb::list out;
+            for (auto& batch : batches) out.append(insert ? nb::cast(std::move(batch)) : nb::none());
+            return out;
+          },
+          "items"_a, "insert"_a, "zeros"_a,
+          nb::sig("def forward_many(self, items: list[tuple[Table, object, object, int | None]], insert: bool, zeros: "
+                  "bool) -> list[Batch | None]"),
+          "One call for the lookups of many tables: (table, keys [n], out [n, dimension], padding).")
+      .def(
+          "backward_many",
+          [](Storage&, const nb::list& items) {
+            std::vector<Table::Update> work;
+            for (const nb::handle item : items) {
+              const auto given = nb::cast<nb::tuple>(item);
+              auto* table = nb::cast<Table*>(given[0]);
+              const auto lr = given[2].is_none() ? std::nullopt : std::optional(nb::cast<double>(given[2]));
+              work.push_back({table, parts_of(*table, nb::cast<nb::list>(given[1])), lr});
+            }
+            const nb::gil_scoped_release released;
+            Table::apply_gradients(work);
+          },
+          "items"_a,
+          nb::sig(
+              "def backward_many(self, items: list[tuple[Table, list[tuple[Batch, object]], float | None]]) -> None"),
+          "One optimizer step per table; when any gradient is not finite, of none.")
+      .def(
+          "commit",
+          [](Storage& storage, int64_t step, const nb::bytes& extra) {
+            std::string text(extra.c_str(), extra.size());
+            const nb::gil_scoped_release released;
+            storage.commit(step, std::move(text));
+          },
+          "step"_a, "extra"_a)
+      .def(
+          "last_commit",
+          [](const Storage& storage) -> nb::object {
+            std::optional<damo::CommitRecord> commit;
+            {
+              const nb::gil_scoped_release released;
+              commit = storage.last_commit();
+            }
+            if (!commit) return nb::none();
+            return nb::make_tuple(commit->step, nb::bytes(commit->extra.data(), commit->extra.size()));
+          },
+          nb::sig("def last_commit(self) -> tuple[int, bytes] | None"))
+      .def(
+          "checkpoint",
+          [](Storage& storage, const std::string& directory, int64_t step, const nb::bytes& extra) {
+            std::string text(extra.c_str(), extra.size());
+            const nb::gil_scoped_release released;
+            storage.checkpoint(directory, step, std::move(text));
+          },
+          "directory"_a, "step"_a, "extra"_a)
+      .def(
+          "dump",
+          [](Storage& storage, const std::string& path, std::optional<uint32_t> group, uint32_t min_count,
+             std::optional<int64_t> updated_since) {
+            const nb::gil_scoped_release released;
+            return storage.dump(path, {group, min_count, updated_since});
+          },
+          "path"_a, "group"_a.none(), "min_count"_a, "updated_since"_a.none())
+      .def_prop_rw("now", &Storage::now, &Storage::set_now, nb::for_getter(nb::call_guard<nb::gil_scoped_release>()),
+                   nb::for_setter(nb::call_guard<nb::gil_scoped_release>()))
+      .def("stats", &stats_of, nb::sig("def stats(self) -> dict[str, typing.Any]"))
+      .def("close", &Storage::close, nb::call_guard<nb::gil_scoped_release>());
+}

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embedding tables as large as the disk, with no vocabulary to declare.
+
+`Storage` opens a directory, `Embedding` is one table in it: `lookup` and `apply_gradients`. Needs NumPy
+alone; `damo_embedding.torch` is the PyTorch front.
+"""
+
+from damo_embedding.dump_reader import read_dump
+from damo_embedding.embedding import Embedding, RowInfo, Rows
+from damo_embedding.errors import (
+    AlreadyOpenError,
+    ClosedError,
+    CorruptionError,
+    DamoError,
+    ForkedHandleError,
+    SchemaMismatchError,
+    StorageError,
+)
+from damo_embedding.hashing import hash_keys
+from damo_embedding.initializers import Constant, Initializer, Normal, Ones, TruncatedNormal, Uniform, Zeros
+from damo_embedding.optimizers import SGD, Adagrad, Adam, Optimizer
+from damo_embedding.storage import Storage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AlreadyOpenError",
+    "ClosedError",
+    "Constant",
+    "CorruptionError",
+    "DamoError",
+    "Embedding",
+    "ForkedHandleError",
+    "Initializer",
+    "Normal",
+    "Ones",
+    "Optimizer",
+    "RowInfo",
+    "Rows",
+    "SchemaMismatchError",
+    "Storage",
+    "StorageError",
+    "TruncatedNormal",
+    "Uniform",
+    "Zeros",
+    "hash_keys",
+    "read_dump",
+]

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An embedding: the rows of one group of a storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from damo_embedding import _core
+from damo_embedding.initializers import Initializer
+from damo_embedding.optimizers import _MAX_FLOAT, Optimizer, _number
+from damo_embedding.storage import Storage
+
+__all__ = ["Embedding", "RowInfo", "Rows"]
+
+Keys = npt.ArrayLike
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RowInfo:
+    """One row, as `Embedding.inspect` saw it."""
+
+    key: int  # as an unsigned 64-bit number
+    weights: Floats  # [dimension]
+    state: dict[str, Floats]  # optimizer state by name, e.g. "exp_avg": [dimension]
+    update_count: int
+    last_update: int  # seconds since 1970; the time of creation until the first update
+    step: int  # the group's step at the last update
+    sequence: int  # number of the last operation that changed it
+    tier: Literal["memory", "disk"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A part of a scan; n rows."""
+
+    keys: npt.NDArray[np.uint64]  # [n]
+    weights: Floats  # [n, dimension]
+    state: dict[str, Floats]  # by name: [n, dimension], or [n, 1] for one float a row
+    update_counts: npt.NDArray[np.uint32]  # [n]
+    last_updates: npt.NDArray[np.int64]  # [n], seconds since 1970
+
+
+def _keys(operation: str, keys: Keys) -> npt.NDArray[np.uint64]:
+    """Keys as a C-contiguous uint64 array of the same shape; the bits of int64 are kept."""
+    array = np.asarray(keys)
+    if array.size == 0 and array.dtype == np.float64 and not isinstance(keys, np.ndarray):
+        array = array.astype(np.int64)  # an empty list has no type
+    if array.dtype not in (np.dtype(np.int64), np.dtype(np.uint64)):
+        if array.dtype.kind in "iu" and array.dtype.isnative:
+            array = array.astype(np.int64)  # narrower integers widen without loss
+        else:
+            raise TypeError(
+                f"[{operation}] keys have dtype {array.dtype}, expected int64 or uint64:"
+                " make ids of other values with hash_keys"
+            )
+    return np.ascontiguousarray(array).view(np.uint64).reshape(array.shape)
+
+
+class Embedding:
+    """The rows of one group: 64-bit keys, each with `dimension` float32 weights and its optimizer's state.
+
+    Args:
+        storage: An open Storage. The embedding does not close it.
+        optimizer: What `apply_gradients` does, e.g. Adam(lr=1e-3).
+        initializer: What a new row starts with, e.g. Uniform(-0.01, 0.01).
+        dimension: Weights of a row, 1 to 4096.
+        group: 0-255, or a name of 1 to 255 bytes. A named group takes the highest free number.
+        seed: 0 to 2**64 - 1. First weights are a pure function of (seed, group, key, position).
+
+    Opening the group again needs the same dimension, optimizer (its rate and betas may change from one run to
+    the next), initializer and seed; two embeddings of one group share its rows. All methods may be called
+    from any thread.
+
+    Raises:
+        SchemaMismatchError: The group is stored, or open, with other settings.
+        ValueError, TypeError: An argument is out of range or of the wrong type.
+
+    Example:
+        >>> optimizer, initializer = Adam(lr=1e-3), Uniform(-0.01, 0.01)
+        >>> users = Embedding(storage, optimizer, initializer, 16, group="user")  # doctest: +SKIP
+        >>> weights = users.lookup(np.array([[7, 9], [7, 1 << 60]]))  # doctest: +SKIP
+        >>> weights.shape  # doctest: +SKIP
+        (2, 2, 16)
+        >>> users.apply_gradients(np.array([7, 9]), np.ones((2, 16), np.float32))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        optimizer: Optimizer,
+        initializer: Initializer,
+        dimension: int,
+        group: int | str,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(storage, Storage):
+            raise TypeError(f"[embedding] storage is {type(storage).__name__}, expected a Storage")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"[embedding] optimizer is {optimizer!r}, expected an optimizer such as Adam(lr=1e-3)")
+        if not isinstance(initializer, Initializer):
+            raise TypeError(f"[embedding] initializer is {initializer!r}, expected one such as Uniform(-0.01, 0.01)")
+        for name, value, low, high in (
+            ("dimension", dimension, 1, _core.MAX_DIMENSION),
+            ("seed", seed, 0, 2**64 - 1),
+            ("group", 0 if isinstance(group, str) else group, 0, 255),
+        ):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(
+                    f"[embedding] {name} is {value!r}, expected an int" + (" or a name" if name == "group" else "")
+                )
+            if not low <= int(value) <= high:
+                raise ValueError(f"[embedding] {name} is {value}, expected {low} to {high}")
+        if isinstance(group, str) and not 1 <= len(group.encode()) <= 255:
+            raise ValueError(f"[embedding] the group's name has {len(group.encode())} bytes, expected 1 to 255")
+        self._storage = storage
+        self._optimizer = optimizer
+        self._initializer = initializer
+        self._table = storage._core.table(
+            None if isinstance(group, str) else int(group),
+            group if isinstance(group, str) else "",
+            int(dimension),
+            optimizer.name,
+            optimizer._settings(),
+            initializer.name,
+            initializer._settings(),
+            int(seed),
+        )
+        self._state = [
+            (name, per_weight) for name, per_weight, _ in _core.optimizer_state(optimizer.name, optimizer._settings())
+        ]
+
+    @property
+    def storage(self) -> Storage:
+        """The storage it belongs to."""
+        return self._storage
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer it was opened with."""
+        return self._optimizer
+
+    @property
+    def initializer(self) -> Initializer:
+        """The initializer it was opened with."""
+        return self._initializer
+
+    @property
+    def dimension(self) -> int:
+        """Weights of a row."""
+        return self._table.dimension
+
+    @property
+    def group(self) -> int:
+        """The group's number."""
+        return self._table.group
+
+    @property
+    def name(self) -> str:
+        """The group's name; "" when it is known by its number."""
+        return self._table.name
+
+    @property
+    def seed(self) -> int:
+        """Seed of the first weights."""
+        return self._table.seed
+
+    @property
+    def step(self) -> int:
+        """How many updates were applied to the group, over all runs."""
+        return self._table.step
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next updates, at least 0. Set it to follow a schedule.
+
+        It starts as the optimizer's. All embeddings of the group share it. It is not stored: a storage that
+        is opened again starts from the optimizer's.
+        """
+        return self._table.lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._table.lr = _number("embedding", "lr", lr, 0.0, _MAX_FLOAT)
+
+    def lookup(
+        self,
+        keys: Keys,
+        out: Floats | None = None,
+        *,
+        insert: bool = True,
+        missing: Literal["initial", "zeros"] = "initial",
+    ) -> Floats:
+        """The weights of `keys`.
+
+        Args:
+            keys: int64 or uint64 of any shape; the same bits are the same key. Repeated keys are fine.
+            out: Where to write: float32, C-contiguous, writable, of shape keys.shape + (dimension,). None: a
+                new array.
+            insert: A training lookup: unknown keys get a row, which counts from now on. False: nothing is
+                stored, counted or evicted.
+            missing: What unknown keys read as when insert=False: the first weights that training would start
+                from, or zeros.
+
+        Returns:
+            float32 [*keys.shape, dimension]; `out` if given. Each row is of one moment, the whole not: other
+            threads may train meanwhile.
+
+        Raises:
+            TypeError: keys are not integers, or `out` is not float32.
+            ValueError: `out` has another shape, or is not contiguous or not writable.
+            CorruptionError, StorageError: A row could not be read; `out` is then unspecified.
+        """
+        array = _keys("lookup", keys)
+        if missing not in ("initial", "zeros"):
+            raise ValueError(f'[lookup] missing is {missing!r}, expected "initial" or "zeros"')
+        shape = (*array.shape, self.dimension)
+        if out is None:
+            out = np.empty(shape, dtype=np.float32)
+        elif not isinstance(out, np.ndarray) or out.dtype != np.float32:
+            kind = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
+            raise TypeError(f"[lookup] out is {kind}, expected a float32 array")
+        elif out.shape != shape:
+            raise ValueError(f"[lookup] out has shape {out.shape}, expected {shape} for {self._label()}")
+        elif not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):
+            raise ValueError(
+                "[lookup] out is not contiguous or not writable, expected a C-contiguous array that may be filled"
+            )
+        self._table.forward(array.reshape(-1), out.reshape(-1, self.dimension), bool(insert), missing == "zeros")
+        return out
+
+    def apply_gradients(self, keys: Keys, gradients: npt.ArrayLike, *, lr: float | None = None) -> None:
+        """One optimizer step. Gradients of a key that stands several times are summed, then applied once.
+
+        Args:
+            keys: int64 or uint64 of any shape. Keys without a row get one.
+            gradients: float32 of shape keys.shape + (dimension,), of the loss itself: never divided by the
+                batch size.
+            lr: The rate of this step instead of `self.lr`, at least 0.
+
+        An empty batch does nothing and is no step. When the call returns, the update survives the death of
+        the process.
+
+        Raises:
+            ValueError: A gradient is NaN or infinite (names the first such key), or a shape is wrong; nothing
+                was applied.
+            TypeError: keys are not integers, or gradients are not float32.
+            StorageError: The log or the disk could not be written: docs/errors.md says what to do.
+        """
+        array = _keys("apply_gradients", keys)
+        rate = None if lr is None else _number("apply_gradients", "lr", lr, 0.0, _MAX_FLOAT)
+        grads = np.asarray(gradients)
+        shape = (*array.shape, self.dimension)
+        if grads.dtype != np.float32 and not (grads.size == 0 and not isinstance(gradients, np.ndarray)):
+            raise TypeError(
+                f"[apply_gradients] gradients have dtype {grads.dtype}, expected float32: convert with .astype"
+            )
+        if grads.shape != shape:
+            if not (grads.size == 0 and array.size == 0):
+                raise ValueError(
+                    f"[apply_gradients] gradients have shape {grads.shape}, expected {shape} for {self._label()}"
+                )
+            return
+        rows = np.ascontiguousarray(grads, dtype=np.float32).reshape(-1, self.dimension)
+        self._table.apply_gradients(array.reshape(-1), rows, rate)
+
+    def prefetch(self, keys: Keys) -> None:
+        """Starts bringing rows that are on disk into memory, for a lookup that follows; returns at once.
+
+        A hint: keys without a row get none, an error is left to the lookup that meets it, and of more than
+        four waiting calls the oldest is dropped.
+        """
+        self._table.prefetch(_keys("prefetch", keys).reshape(-1))
+
+    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Whether each key has a row; bool of the keys' shape. Changes nothing."""
+        array = _keys("contains", keys)
+        out = np.empty(array.shape, dtype=np.bool_)
+        self._table.contains(array.reshape(-1), out.reshape(-1))
+        return out
+
+    def erase(self, keys: Keys) -> int:
+        """Removes the rows of `keys` (int64 or uint64, any shape); returns how many there were.
+
+        An erased key that is looked up again starts from its first weights, update count 0. The disk space
+        comes back when RocksDB next merges its files.
+        """
+        return self._table.erase(_keys("erase", keys).reshape(-1))
+
+    def inspect(self, key: int) -> RowInfo | None:
+        """Everything about one row, or None if the key has none. Changes nothing.
+
+        Args:
+            key: The key as a signed or unsigned 64-bit number.
+        """
+        if isinstance(key, bool) or not hasattr(key, "__index__"):
+            raise TypeError(f"[inspect] key is {key!r}, expected an int")
+        if not -(2**63) <= int(key) < 2**64:
+            raise ValueError(f"[inspect] key is {key}, expected 64 bits")
+        row = self._table.inspect(int(key))
+        if row is None:
+            return None
+        weights, state = self._split(np.array(row.floats, dtype=np.float32)[None])
+        return RowInfo(
+            key=row.key,
+            weights=weights[0],
+            state={name: values[0] for name, values in state.items()},
+            update_count=row.update_count,
+            last_update=row.time,
+            step=row.step,
+            sequence=row.sequence,
+            tier="memory" if row.in_memory else "disk",
+        )
+
+    def scan(self, batch: int = 65_536) -> Iterator[Rows]:
+        """All rows as of now, in parts of up to `batch`, in no order that means anything.
+
+        The rows are of one moment: training that goes on meanwhile is not seen. Changed rows are written to
+        disk first. Files that are replaced meanwhile stay on the disk until the iterator ends or is dropped.
+
+        Args:
+            batch: Rows of one part, 1 to 2**24. A part takes 20 bytes a row beside its weights and state.
+
+        Yields:
+            Rows; the last part may be shorter, none is empty.
+
+        Raises:
+            CorruptionError: A row on disk is damaged; names its key.
+
+        Example:
+            >>> sum(int(part.update_counts.sum()) for part in users.scan())  # doctest: +SKIP
+        """
+        if isinstance(batch, bool) or not hasattr(batch, "__index__"):
+            raise TypeError(f"[scan] batch is {batch!r}, expected an int")
+        if not 1 <= int(batch) <= 2**24:
+            raise ValueError(f"[scan] batch is {batch}, expected 1 to {2**24}")
+        return self._scan(self._table.scan(), int(batch))
+
+    def _scan(self, scan: _core.Scan, batch: int) -> Iterator[Rows]:
+        while True:
+            keys = np.empty(batch, dtype=np.uint64)
+            floats = np.empty((batch, scan.num_floats), dtype=np.float32)
+            counts = np.empty(batch, dtype=np.uint32)
+            times = np.empty(batch, dtype=np.int64)
+            found = scan.next(keys, floats, counts, times)
+            if found == 0:
+                return
+            weights, state = self._split(floats[:found])
+            yield Rows(keys[:found], weights, state, counts[:found], times[:found])
+
+    def _split(self, floats: Floats) -> tuple[Floats, dict[str, Floats]]:
+        at = self.dimension
+        state = {}
+        for name, per_weight in self._state:
+            width = self.dimension if per_weight else 1
+            state[name] = floats[:, at : at + width]
+            at += width
+        return floats[:, : self.dimension], state
+
+    def _label(self) -> str:
+        return f'group "{self.name}"' if self.name else f"group {self.group}"
+
+    def __len__(self) -> int:
+        """How many rows the group has."""
+        return len(self._table)
+
+    def __bool__(self) -> bool:
+        return True  # an empty embedding is still one
+
+    def __repr__(self) -> str:
+        group = self.name or self.group
+        settings = f"group={group!r}, dimension={self.dimension}, optimizer={self.optimizer!r}"
+        return f"Embedding({settings}, rows={len(self)})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("[embedding] an Embedding cannot be pickled or copied: it belongs to its open storage")

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this package raises when it is not the caller's mistake.
+
+Exception
+└── DamoError
+    ├── CorruptionError        bytes on disk are not what was written; names the file and the offset or key
+    ├── SchemaMismatchError    the storage holds a group of another dimension, optimizer or initializer
+    ├── StorageError           the operating system or the cold tier refused: I/O error, disk full, memory
+    ├── ClosedError            used after close()
+    ├── AlreadyOpenError       another process, or another handle, has the directory open; names the holder
+    └── ForkedHandleError      used in a child process after fork(); open the storage there
+
+A caller's mistake is a ValueError or a TypeError. Whatever fails leaves the storage as it was.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyOpenError",
+    "ClosedError",
+    "CorruptionError",
+    "DamoError",
+    "ForkedHandleError",
+    "SchemaMismatchError",
+    "StorageError",
+]
+
+
+class DamoError(Exception):
+    """Base of all errors of this package."""
+
+
+class CorruptionError(DamoError):
+    """Bytes on disk are not what was written."""
+
+
+class SchemaMismatchError(DamoError):
+    """The storage holds a group of another dimension, optimizer or initializer."""
+
+
+class StorageError(DamoError):
+    """The operating system or the cold tier refused: I/O error, disk full, out of memory."""
+
+
+class ClosedError(DamoError):
+    """The storage was used after close()."""
+
+
+class AlreadyOpenError(DamoError):
+    """The directory is open elsewhere."""
+
+
+class ForkedHandleError(DamoError):
+    """A handle of the parent process was used after fork()."""

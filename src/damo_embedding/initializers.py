@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a row's weights start: Zeros, Ones, Constant, Uniform, Normal, TruncatedNormal.
+
+A first weight is a pure function of (seed, group, key, position in the row), drawn by a counter-based
+generator: the same in any order of arrival, on any number of threads, machines and restarts. A lookup that
+inserts nothing returns the vector that training would start from. docs/initializers.md has the function to
+the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import numpy as np
+
+from damo_embedding.optimizers import _MAX_FLOAT, _number
+
+__all__ = ["Constant", "Initializer", "Normal", "Ones", "TruncatedNormal", "Uniform", "Zeros"]
+
+_MAX_NORMAL = 1e37  # beyond it mean + std * z would leave float32
+
+
+class Initializer:
+    """What the initializers here have in common. Take one of them; this class is for `isinstance`."""
+
+    name: ClassVar[str]
+    """The initializer's name in the core, the manifest and the docs: "truncated_normal"."""
+
+    def _settings(self) -> dict[str, float]:
+        """What the core's initializer of this name takes: its fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def _take(self, field: str, lowest: float, highest: float) -> None:
+        """Checks a field and keeps it as a float."""
+        value = _number(type(self).__name__, field, getattr(self, field), lowest, highest)
+        object.__setattr__(self, field, value)
+
+
+@dataclass(frozen=True)
+class Zeros(Initializer):
+    """Every first weight is 0."""
+
+    name: ClassVar[str] = "zeros"
+
+
+@dataclass(frozen=True)
+class Ones(Initializer):
+    """Every first weight is 1."""
+
+    name: ClassVar[str] = "ones"
+
+
+@dataclass(frozen=True)
+class Constant(Initializer):
+    """Every first weight is `value`, rounded to float32.
+
+    Args:
+        value: any finite float32.
+    """
+
+    name: ClassVar[str] = "constant"
+    value: float
+
+    def __post_init__(self) -> None:
+        self._take("value", -_MAX_FLOAT, _MAX_FLOAT)
+
+
+@dataclass(frozen=True)
+class Uniform(Initializer):
+    """Evenly distributed over [low, high): `low` may be drawn, `high` never is, both as float32.
+
+    Args:
+        low: lower bound.
+        high: upper bound; must be above `low` after both were rounded to float32.
+
+    Example:
+        >>> Uniform(-0.01, 0.01)
+        Uniform(low=-0.01, high=0.01)
+    """
+
+    name: ClassVar[str] = "uniform"
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        self._take("low", -_MAX_FLOAT, _MAX_FLOAT)
+        self._take("high", -_MAX_FLOAT, _MAX_FLOAT)
+        if not np.float32(self.low) < np.float32(self.high):
+            raise ValueError(
+                f"[Uniform] low is {self.low!r} and high is {self.high!r}, expected low < high as float32; "
+                "for one value use Constant"
+            )
+
+
+@dataclass(frozen=True)
+class Normal(Initializer):
+    """Normally distributed. No weight is more than 6.3 standard deviations from the mean.
+
+    Args:
+        mean: of the distribution.
+        std: its standard deviation, at least 0.
+    """
+
+    name: ClassVar[str] = "normal"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._take("mean", -_MAX_NORMAL, _MAX_NORMAL)
+        self._take("std", 0.0, _MAX_NORMAL)
+
+
+@dataclass(frozen=True)
+class TruncatedNormal(Initializer):
+    """Normally distributed, given that it is within two standard deviations of the mean.
+
+    The distribution that redrawing everything beyond two standard deviations gives; the standard deviation of
+    what is drawn is 0.88 `std`.
+
+    Args:
+        mean: of the distribution.
+        std: standard deviation of the distribution before it is cut off, at least 0.
+    """
+
+    name: ClassVar[str] = "truncated_normal"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._take("mean", -_MAX_NORMAL, _MAX_NORMAL)
+        self._take("std", 0.0, _MAX_NORMAL)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a row's weights follow its gradients: SGD, Adagrad, Adam.
+
+An optimizer here is a description, a frozen dataclass with `torch.optim`'s names. The core keeps the state
+beside each row and does the arithmetic, in float32, on the rows a batch touched and on no others.
+docs/optimizers.md has the formulas to the last rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+__all__ = ["SGD", "Adagrad", "Adam", "Optimizer"]
+
+_MAX_FLOAT = 3.4028234663852886e38  # the largest float32
+_MIN_FLOAT = 1.1754943508222875e-38  # the smallest normal float32
+_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
+
+BiasCorrection = Literal["row", "global"]
+
+
+def _number(owner: str, name: str, value: object, lowest: float, highest: float) -> float:
+    """`value` as a float in [lowest, highest]; bool, str and the like are a TypeError, NaN a ValueError."""
+    # NumPy's bool is not a numbers.Real, Python's is.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"[{owner}] {name} is {value!r} ({type(value).__name__}), expected a number")
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the largest double, of either sign
+        number = math.inf
+    if not lowest <= number <= highest:
+        raise ValueError(f"[{owner}] {name} is {value!r}, expected a number in [{lowest:.8g}, {highest:.8g}]")
+    return number
+
+
+class Optimizer:
+    """What the optimizers of this module have in common. Take one of them; this class is for `isinstance`."""
+
+    name: ClassVar[str]
+    """The optimizer's name in the core, the manifest and the docs: "adam"."""
+    lr: float
+
+    def _settings(self) -> dict[str, float]:
+        """What the core's optimizer of this name takes."""
+        raise NotImplementedError
+
+    def _take(self, field: str, lowest: float, highest: float) -> None:
+        """Checks a field and keeps it as a float."""
+        value = _number(type(self).__name__, field, getattr(self, field), lowest, highest)
+        object.__setattr__(self, field, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent: `w -= lr * (g + weight_decay * w)`.
+
+    The formula of `torch.optim.SGD` without momentum. `weight_decay` acts when a row is updated, not between.
+
+    Args:
+        lr: learning rate, at least 0.
+        weight_decay: L2 penalty, at least 0, added to the gradient.
+
+    State: none, 0 bytes a row.
+
+    Example:
+        >>> SGD(lr=0.1)
+        SGD(lr=0.1, weight_decay=0.0)
+    """
+
+    name: ClassVar[str] = "sgd"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take("weight_decay", 0.0, _MAX_FLOAT)
+
+    def _settings(self) -> dict[str, float]:
+        return {"lr": self.lr, "weight_decay": self.weight_decay}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adagrad(Optimizer):
+    """Adagrad: `sum += g**2; w -= lr * g / (sqrt(sum) + eps)`, with `g` the gradient plus `weight_decay * w`.
+
+    The formula of `torch.optim.Adagrad` without `lr_decay`. A weight's rate falls with the gradients it has
+    seen, so a rare row goes on taking large steps.
+
+    Args:
+        lr: learning rate, at least 0.
+        eps: added to the root, above 0 (torch takes 0 as well, and makes NaN of a gradient that is 0).
+        weight_decay: L2 penalty, at least 0, added to the gradient.
+        initial_accumulator_value: what `sum` starts from, at least 0.
+
+    State: `sum`, 4 bytes a weight.
+
+    Paper: Duchi, Hazan, Singer: Adaptive subgradient methods for online learning and stochastic optimization,
+    JMLR 2011.
+
+    Example:
+        >>> Adagrad(lr=0.05)
+        Adagrad(lr=0.05, eps=1e-10, weight_decay=0.0, initial_accumulator_value=0.0)
+    """
+
+    name: ClassVar[str] = "adagrad"
+    lr: float = 1e-2
+    eps: float = 1e-10
+    weight_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take("eps", _MIN_FLOAT, _MAX_FLOAT)
+        self._take("weight_decay", 0.0, _MAX_FLOAT)
+        self._take("initial_accumulator_value", 0.0, _MAX_FLOAT)
+
+    def _settings(self) -> dict[str, float]:
+        return {
+            "lr": self.lr,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+            "initial_accumulator_value": self.initial_accumulator_value,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(Optimizer):
+    """Adam, corrected for its start by each row's own age, or by the group's.
+
+    With `g` the gradient plus `weight_decay * w`:
+
+        exp_avg    += (1 - beta1) * (g - exp_avg)
+        exp_avg_sq  = beta2 * exp_avg_sq + (1 - beta2) * g**2
+        bias_correction="row", n = how often this row was updated, this time included:
+            w -= lr / (1 - beta1**n) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2**n)) + eps)
+        bias_correction="global", t = how often the group was:
+            w -= lr * sqrt(1 - beta2**t) / (1 - beta1**t) * exp_avg / (sqrt(exp_avg_sq) + eps)
+
+    "row" is `torch.optim.Adam` applied to every row as if it were a parameter of its own: a key first seen
+    after a month starts with the same careful steps as one seen on the first day. "global" is
+    `torch.optim.SparseAdam`, under which a late row's first steps are several times larger than `lr`. A row
+    without a gradient does not move in either.
+
+    Args:
+        lr: learning rate, at least 0.
+        betas: how much of the averages of g and g**2 an update keeps, each in [0, 1).
+        eps: added to the root, above 0 (`torch.optim.Adam` takes 0 as well, and makes NaN of a gradient that
+            is 0).
+        weight_decay: L2 penalty, at least 0, added to the gradient (`SparseAdam` has none).
+        bias_correction: "row" or "global".
+
+    State: `exp_avg` and `exp_avg_sq`, 8 bytes a weight. The row's update count is kept for every row anyway.
+
+    Paper: Kingma, Ba: Adam: a method for stochastic optimization, ICLR 2015.
+
+    Example:
+        >>> Adam(lr=0.01)
+        Adam(lr=0.01, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, bias_correction='row')
+    """
+
+    name: ClassVar[str] = "adam"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    bias_correction: BiasCorrection = "row"
+
+    def __post_init__(self) -> None:
+        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take("eps", _MIN_FLOAT, _MAX_FLOAT)
+        self._take("weight_decay", 0.0, _MAX_FLOAT)
+        betas: object = self.betas
+        if not isinstance(betas, tuple | list):
+            raise TypeError(f"[Adam] betas is {betas!r} ({type(betas).__name__}), expected two numbers (beta1, beta2)")
+        if len(betas) != 2:
+            raise ValueError(f"[Adam] betas is {betas!r}, expected two numbers (beta1, beta2)")
+        taken = tuple(_number("Adam", f"betas[{i}]", beta, 0.0, _BELOW_ONE) for i, beta in enumerate(betas))
+        object.__setattr__(self, "betas", taken)
+        mode: object = self.bias_correction
+        if not isinstance(mode, str):
+            raise TypeError(f'[Adam] bias_correction is {mode!r} ({type(mode).__name__}), expected "row" or "global"')
+        if mode not in get_args(BiasCorrection):
+            raise ValueError(f'[Adam] bias_correction is {mode!r}, expected "row" or "global"')
+
+    def _settings(self) -> dict[str, float]:
+        return {
+            "lr": self.lr,
+            "beta1": self.betas[0],
+            "beta2": self.betas[1],
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+            "bias_correction": float(get_args(BiasCorrection).index(self.bias_correction)),
+        }

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A storage: one directory that holds the tables of a model."""
+
+from __future__ import annotations
+
+import os
+import re
+from types import TracebackType
+from typing import Any, Self
+
+from damo_embedding import _core
+
+__all__ = ["Storage"]
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_DAY = 86_400
+
+PathLike = str | os.PathLike[str]
+
+
+def parse_bytes(argument: str, value: int | str) -> int:
+    """A size in bytes: an int, or a text such as "2GiB" or "512 MiB"."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f'[storage] {argument} is {value!r}, expected bytes as an int or a text such as "2GiB"')
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(
+            f'[storage] {argument} is {value!r}, expected a size such as "2GiB", "512MiB" or a number of bytes'
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_path(operation: str, argument: str, value: PathLike) -> str:
+    """A path as text; bytes and other types are refused."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"[{operation}] {argument} is {type(value).__name__}, expected a str or a Path")
+    path = os.fspath(value)
+    if not isinstance(path, str):
+        raise TypeError(f"[{operation}] {argument} is a path of bytes, expected a str or a Path")
+    if path == "" or "\0" in path:
+        raise ValueError(f"[{operation}] {argument} is {path!r}, expected the name of a file or directory")
+    return path
+
+
+def _parse_int(operation: str, argument: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"[{operation}] {argument} is {value!r}, expected an int")
+    number = int(value)
+    if not low <= number <= high:
+        raise ValueError(f"[{operation}] {argument} is {number}, expected {low} to {high}")
+    return number
+
+
+def _step_and_extra(operation: str, step: int | None, extra: bytes | str | None) -> tuple[int, bytes]:
+    number = -1 if step is None else _parse_int(operation, "step", step, 0, 2**63 - 1)
+    if extra is None:
+        return number, b""
+    if isinstance(extra, str):
+        return number, extra.encode()
+    if not isinstance(extra, bytes):
+        raise TypeError(f"[{operation}] extra is {type(extra).__name__}, expected bytes or str")
+    return number, extra
+
+
+class Storage:
+    """Opens the storage at `path`, or creates it if the directory is absent or empty.
+
+    Any number of threads may use it, and any number of embeddings. A forked child may not: it opens its own.
+
+    Args:
+        path: The storage's directory (str or Path); its parent exists. One process has it open at a time.
+        memory: The budget in bytes, or a text such as "2GiB" (1024-based; "2GB" is 1000-based): rows in
+            memory, their index, and everything RocksDB holds. At least 16 MiB; may differ from one open to
+            the next. The process's resident memory grows by no more than this plus 10 %, beside the arrays of
+            the batches themselves.
+        durability: "logged" (an operation survives the death of the process when its call returns; power loss
+            goes back to the last commit plus a prefix of what followed) or "durable" (it survives power
+            loss as well: the log is synced before the call returns).
+        threads: Threads of one call; None: one per core. Results do not depend on it.
+        log_bytes: The operation log is cut when it is larger than this (bytes, or a text as for `memory`; at
+            least 1 MiB). None: max(1 GiB, 4 x memory), at most an eighth of the free disk.
+
+    Raises:
+        AlreadyOpenError: The directory is open elsewhere.
+        CorruptionError: Its files are damaged.
+        StorageError: It is not a storage, not writable, not a directory.
+        ValueError, TypeError: An argument is out of range or of the wrong type.
+
+    Example:
+        >>> with Storage("ctr.damo", memory="64MiB") as storage:  # doctest: +SKIP
+        ...     users = Embedding(storage, Adam(lr=1e-3), Uniform(-0.01, 0.01), dimension=16, group="user")
+        ...     users.apply_gradients(keys, gradients)
+        ...     storage.commit(step=1)
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        *,
+        memory: int | str = "1GiB",
+        durability: str = "logged",
+        threads: int | None = None,
+        log_bytes: int | str | None = None,
+    ) -> None:
+        self._core = self._open(path, "open_or_create", memory, durability, threads, log_bytes)
+
+    @staticmethod
+    def _options(
+        memory: int | str, durability: str, threads: int | None, log_bytes: int | str | None
+    ) -> tuple[int, str, int, int]:
+        memory_bytes = parse_bytes("memory", memory)
+        if not _core.MIN_MEMORY_BYTES <= memory_bytes < 2**48:
+            raise ValueError(
+                f"[open] memory is {memory_bytes} bytes, expected at least {_core.MIN_MEMORY_BYTES} (16 MiB):"
+                " it would be too small to work in"
+                if memory_bytes < 2**48
+                else f"[open] memory is {memory_bytes} bytes, expected less than 2**48"
+            )
+        if durability not in ("logged", "durable"):
+            raise ValueError(f'[open] durability is {durability!r}, expected "logged" or "durable"')
+        count = 0 if threads is None else _parse_int("open", "threads", threads, 1, 1024)
+        log = 0 if log_bytes is None else parse_bytes("log_bytes", log_bytes)
+        if log_bytes is not None and not 2**20 <= log < 2**62:
+            raise ValueError(f"[open] log_bytes is {log}, expected at least {2**20} (1 MiB)")
+        return memory_bytes, durability, count, log
+
+    @classmethod
+    def _open(
+        cls,
+        path: PathLike,
+        mode: str,
+        memory: int | str,
+        durability: str,
+        threads: int | None,
+        log_bytes: int | str | None,
+    ) -> _core.Storage:
+        text = parse_path("open", "path", path)
+        memory_bytes, durability, count, log = cls._options(memory, durability, threads, log_bytes)
+        return _core.Storage.open(text, mode, memory_bytes, durability, count, log)
+
+    @classmethod
+    def _wrap(cls, core: _core.Storage) -> Self:
+        storage = cls.__new__(cls)
+        storage._core = core
+        return storage
+
+    @classmethod
+    def create(
+        cls,
+        path: PathLike,
+        *,
+        memory: int | str = "1GiB",
+        durability: str = "logged",
+        threads: int | None = None,
+        log_bytes: int | str | None = None,
+    ) -> Self:
+        """A new storage in an absent or empty directory; StorageError if there is one already."""
+        return cls._wrap(cls._open(path, "create", memory, durability, threads, log_bytes))
+
+    @classmethod
+    def open(
+        cls,
+        path: PathLike,
+        *,
+        memory: int | str = "1GiB",
+        durability: str = "logged",
+        threads: int | None = None,
+        log_bytes: int | str | None = None,
+    ) -> Self:
+        """An existing storage; StorageError if there is none."""
+        return cls._wrap(cls._open(path, "open", memory, durability, threads, log_bytes))
+
+    @classmethod
+    def restore(
+        cls,
+        checkpoint: PathLike,
+        path: PathLike,
+        *,
+        memory: int | str = "1GiB",
+        durability: str = "logged",
+        threads: int | None = None,
+        log_bytes: int | str | None = None,
+    ) -> Self:
+        """Replaces the storage at `path` by a checkpoint and opens it.
+
+        Every file of the checkpoint is verified first; on any error nothing has changed. The storage at
+        `path` must not be open; it may be absent. The checkpoint stays as it is.
+
+        Args:
+            checkpoint: A directory that `checkpoint` made.
+            path: The storage's directory; what it holds is replaced.
+            memory, durability, threads, log_bytes: As for Storage.
+
+        Returns:
+            The open storage.
+
+        Raises:
+            CorruptionError: A file of the checkpoint is missing, truncated or damaged.
+            AlreadyOpenError: The storage at `path` is open.
+            StorageError: `checkpoint` is no checkpoint, `path` is not a storage, or the disk is full.
+
+        Example:
+            >>> storage = Storage.restore("checkpoints/1000", "ctr.damo", memory="2GiB")  # doctest: +SKIP
+        """
+        cls._options(memory, durability, threads, log_bytes)  # checked before anything is replaced
+        _core.restore(parse_path("restore", "checkpoint", checkpoint), parse_path("restore", "path", path))
+        return cls.open(path, memory=memory, durability=durability, threads=threads, log_bytes=log_bytes)
+
+    @property
+    def path(self) -> str:
+        """The storage's directory."""
+        return self._core.path
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._core.closed
+
+    @property
+    def now(self) -> int:
+        """The storage's clock in whole seconds since 1970: the wall clock, or what was set last.
+
+        Set it to the time of the events when old ones are replayed; it then stands until it is set again. It
+        never runs back: a time before the last operation's changes nothing until it is passed.
+        """
+        return self._core.now
+
+    @now.setter
+    def now(self, seconds: int) -> None:
+        self._core.now = _parse_int("now", "now", seconds, 0, 2**62)
+
+    def groups(self) -> dict[int, str]:
+        """The stored groups by number, with their names ("" for one that is known by its number)."""
+        return {group["group"]: group["name"] for group in self.stats()["groups"]}
+
+    def commit(self, step: int | None = None, extra: bytes | str | None = None) -> None:
+        """Syncs the log: everything that returned before survives power loss.
+
+        Args:
+            step: A number of yours, at least 0, e.g. the training step.
+            extra: Bytes of yours, at most 16 MiB (a str becomes its UTF-8), e.g. where the reader stands.
+
+        `last_commit` gives both back, after reopening and restoring too.
+
+        Raises:
+            StorageError: The log could not be written or synced. After a failed sync the storage takes no
+                more changes until it is opened again.
+        """
+        self._core.commit(*_step_and_extra("commit", step, extra))
+
+    @property
+    def last_commit(self) -> tuple[int | None, bytes] | None:
+        """(step, extra) of the last commit, or None.
+
+        `step` is None when none was given; `extra` is bytes.
+        """
+        commit = self._core.last_commit()
+        return None if commit is None else (None if commit[0] < 0 else commit[0], commit[1])
+
+    def checkpoint(self, directory: PathLike, step: int | None = None, extra: bytes | str | None = None) -> None:
+        """Keeps the storage as it is now in a new directory: whole or not at all.
+
+        Rows that changed are written first; table files are hard-linked where the file system can, so the
+        cost follows what changed. Training in other threads goes on, but for a pause when it begins
+        (`stats()["cut_pause_seconds"]`).
+
+        Args:
+            directory: Must not exist; its parent must. `Storage.restore` reads it.
+            step, extra: As for `commit`; kept in the checkpoint's file CHECKPOINT.
+
+        Raises:
+            StorageError: `directory` exists already, its parent does not, or the disk is full; nothing is
+                left behind.
+        """
+        self._core.checkpoint(
+            parse_path("checkpoint", "directory", directory), *_step_and_extra("checkpoint", step, extra)
+        )
+
+    def dump(
+        self,
+        path: PathLike,
+        *,
+        group: int | str | None = None,
+        min_count: int = 0,
+        expire_days: int | None = None,
+    ) -> int:
+        """Writes the serving file (keys and weights, little-endian, docs/format.md), as of now.
+
+        It is written aside and renamed: another file of that name is replaced when the new one is whole. Rows
+        that were only looked up are in it, with their first weights.
+
+        Args:
+            path: The file; its directory exists. `read_dump` reads it.
+            group: This group only (number or name).
+            min_count: Leave out rows updated fewer times.
+            expire_days: Leave out rows whose last update is more than that many days before `now`.
+
+        Returns:
+            How many rows it holds.
+
+        Raises:
+            ValueError: There is no group of that name.
+            StorageError: The directory does not exist, or the disk is full; `path` is what it was.
+            CorruptionError: A row on disk is damaged.
+
+        Example:
+            >>> storage.dump("weights.bin", group="item", min_count=3)  # doctest: +SKIP
+            182345
+        """
+        number: int | None
+        if isinstance(group, str):
+            named = {name: number for number, name in self.groups().items() if name}
+            if group not in named:
+                raise ValueError(f"[dump] there is no group {group!r}; the storage has {sorted(named)}")
+            number = named[group]
+        else:
+            number = None if group is None else _parse_int("dump", "group", group, 0, 255)
+            if number is not None and number not in self.groups():
+                raise ValueError(f"[dump] there is no group {number}; the storage has {sorted(self.groups())}")
+        count = _parse_int("dump", "min_count", min_count, 0, 2**32 - 1)
+        since = (
+            None if expire_days is None else self.now - _DAY * _parse_int("dump", "expire_days", expire_days, 0, 10**9)
+        )
+        return self._core.dump(parse_path("dump", "path", path), number, count, since)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since opening, and sizes now. Sizes are in bytes; keys are distinct keys of a call.
+
+        - rows: of all groups. hot_rows, hot_bytes_in_use, hot_bytes: rows in memory, what they take with
+          their index, and their share of the budget.
+        - hits, cold_hits, created, misses: keys of training lookups found in memory; brought or read from
+          disk, for updates too; rows made; the last two together.
+        - evictions, written_back, write_waits: rows that left memory; changed ones among those written; times
+          an operation waited for memory.
+        - cuts, cut_rows, cut_displaced, cut_pause_seconds: cuts, rows they wrote, old rows set aside
+          meanwhile, and how long operations stood still when the last one began.
+        - disk_bytes, disk_files, disk_cache_bytes: table files of RocksDB, and its cache. disk_keys_read,
+          disk_keys_found, disk_keys_written, disk_bytes_written: what was asked of it and written to it,
+          without its compactions.
+        - log_bytes, sequence, synced_sequence, redone_records: size of the operation log, number of the last
+          operation, the last one that is synced, and how many records were redone at opening.
+        - groups: for each, group, name, dimension, rows, step (applied updates), row_bytes (of a stored row,
+          key and header included).
+        """
+        stats: dict[str, Any] = self._core.stats()
+        return stats
+
+    def close(self) -> None:
+        """Writes changed rows to the disk and lets go of the directory. A second call does nothing.
+
+        Calls in flight on other threads end first. When the disk is full nothing is lost: the log has the
+        rows, and the next open does them again.
+        """
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Storage({self.path!r}{', closed' if self.closed else ''})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("[storage] a Storage cannot be pickled or copied: open the directory where it is needed")
