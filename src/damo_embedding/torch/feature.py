@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an EmbeddingCollection is told of each of its features."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Literal
+
+from damo_embedding.initializers import Initializer
+from damo_embedding.optimizers import Optimizer
+from damo_embedding.torch.ids import padding_key
+from damo_embedding.torch.pooling import POOLINGS
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A feature of an `EmbeddingCollection`.
+
+    Args:
+        dimension: length of its vectors.
+        pooling: None for one vector an id; "sum" or "mean" for one vector a bag of ids, as
+        `torch.nn.EmbeddingBag`. group: the group of its rows; the feature's name unless given. Features with
+        the same group and equal
+            settings share their rows.
+        optimizer, initializer, seed: those of the collection unless given.
+        padding_idx: the id that stands for nothing: zeros, no row, no gradient, not counted by a mean.
+    """
+
+    dimension: int
+    pooling: Literal["sum", "mean"] | None = None
+    group: int | str | None = None
+    optimizer: Optimizer | None = None
+    initializer: Initializer | None = None
+    seed: int | None = None
+    padding_idx: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            operator.index(self.dimension)
+        except TypeError:
+            raise TypeError(f"[Feature] dimension is {self.dimension!r}, expected an int") from None
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise ValueError(f'[Feature] pooling is {self.pooling!r}, expected None, "sum" or "mean"')
+        padding_key(self.padding_idx)

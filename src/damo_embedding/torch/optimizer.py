@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Updates at step() instead of at the end of each backward()."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, overload
+
+import torch
+
+from damo_embedding.torch import backward_pass
+from damo_embedding.torch.collection import EmbeddingCollection
+from damo_embedding.torch.embedding import Embedding
+from damo_embedding.torch.group import Group, no_copy
+from damo_embedding.torch.pending import Pending, RowGradients
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """Adds up the gradients of rows over any number of backward passes and applies them at `step()`.
+
+    The rows' own optimizers (`damo_embedding.Adam` and so on) make the update; this class says when, and at
+    which rate. It manages every group of the `Embedding` and `EmbeddingCollection` modules it is given, for
+    as long as it lives: while it does, `backward()` updates none of their rows. It is a
+    `torch.optim.Optimizer`, so learning-rate schedulers, `torch.amp.GradScaler` and
+    `torch.nn.utils.clip_grad_norm_` work with it.
+
+    `param_groups` has one entry a group of rows: `lr`, which a step uses (it starts as that of the group's
+    optimizer), `name`, and in `params` a stand-in whose `grad` has a row for each distinct key.
+
+    A step applies each gradient once: after it none is left, with or without `zero_grad()`. A step that
+    raises, because a gradient is NaN, say, applies nothing; `zero_grad()` then drops the gradients.
+
+    Args:
+        modules: a module or several, searched for `Embedding` and `EmbeddingCollection`.
+
+    Example:
+        >>> dense, rows = torch.optim.Adam(model.parameters()), SparseOptimizer(model)
+        >>> torch.nn.utils.clip_grad_norm_([*model.parameters(), *rows.parameters()], max_norm=1.0)
+    """
+
+    def __init__(self, modules: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
+        found = _groups_of([modules] if isinstance(modules, torch.nn.Module) else list(modules))
+        if not found:
+            raise ValueError(
+                "[SparseOptimizer] the modules have no damo_embedding.torch.Embedding or EmbeddingCollection"
+            )
+        stand_ins = [RowGradients.of(Pending(group)) for group in found]
+        super().__init__(
+            [
+                {"params": [stand_in], "lr": group.embedding.lr, "name": group.label}
+                for group, stand_in in zip(found, stand_ins, strict=True)
+            ],
+            {},
+        )
+        for group, stand_in in zip(found, stand_ins, strict=True):
+            group.manage(stand_in.pending)
+
+    def parameters(self) -> list[RowGradients]:
+        """The stand-ins of all groups, for what takes parameters and reads their `grad`."""
+        return [stand_in for group in self.param_groups for stand_in in group["params"]]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Applies what the backward passes since the last step have added up: one update of each group.
+
+        A group without gradients is not updated. NaN and infinite gradients raise ValueError; nothing is
+        applied then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        updates = {}
+        for param_group in self.param_groups:
+            for stand_in in param_group["params"]:
+                pending: Pending = stand_in.pending
+                if pending.group.pending is not pending:
+                    raise RuntimeError(
+                        f'[step] group "{pending.group.label}" has a newer SparseOptimizer; use that one'
+                    )
+                if pending.items:
+                    updates[pending.group] = (pending.items, float(param_group["lr"]))
+        backward_pass.apply(updates)
+        self.zero_grad()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients that no step has applied."""
+        for stand_in in self.parameters():
+            stand_in.grad = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        params = param_group["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        if not all(isinstance(param, RowGradients) for param in params):
+            raise TypeError("[SparseOptimizer] params are dense tensors; give them to an optimizer of torch.optim")
+        super().add_param_group({**param_group, "params": params})
+
+    def __getstate__(self) -> NoReturn:
+        raise no_copy(self, self.parameters()[0].pending.group.storage)
+
+
+def _groups_of(modules: list[torch.nn.Module]) -> list[Group]:
+    """The groups of all modules, each once."""
+    found: dict[Group, None] = {}
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, Embedding):
+                found[part._group] = None
+            elif isinstance(part, EmbeddingCollection):
+                found.update(dict.fromkeys(part._groups.values()))
+    return list(found)
