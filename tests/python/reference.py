@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: optimizers, initializers and a table in plain NumPy.
+
+Written from docs/optimizers.md and docs/initializers.md; shares no code with the core and imports nothing
+of the package. Float32 steps are done in the documented order, so results can be compared bit for bit.
+
+- `optimizer(name, settings)` / `initializer(name, settings)`: by the names and settings of the core.
+- `ReferenceTable`: one group as a dict of rows, the model beside Storage + Embedding.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Words = npt.NDArray[np.uint64]
+f32 = np.float32
+
+MASK64 = (1 << 64) - 1
+
+
+# ------------------------------------------------------------------ powers
+
+
+def power(base: float, exponent: int) -> float:
+    """base ** exponent in doubles, by squaring from the lowest bit of the exponent up."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+# -------------------------------------------------------------- optimizers
+
+
+class ReferenceOptimizer:
+    """One optimizer over rows [n, d]: `update` changes weights and state in place."""
+
+    entries: ClassVar[tuple[str, ...]] = ()  # names of the state blocks, in their order in the row
+    defaults: ClassVar[dict[str, float]] = {}
+
+    def __init__(self, settings: Mapping[str, float]) -> None:
+        unknown = set(settings) - set(self.defaults)
+        assert not unknown, unknown
+        self.settings = {**self.defaults, **settings}
+
+    @property
+    def lr(self) -> float:
+        return self.settings["lr"]
+
+    def initial_state(self, rows: int, dimension: int) -> dict[str, Floats]:
+        return {name: np.zeros((rows, dimension), f32) for name in self.entries}
+
+    def update(
+        self,
+        weights: Floats,
+        state: Mapping[str, Floats],
+        gradients: Floats,
+        *,
+        lr: float | None = None,
+        group_step: int,
+        update_counts: int | Iterable[int],
+    ) -> None:
+        """One update of each row. `update_counts`, one for all or one a row, count it: first is 1."""
+        assert weights.dtype == gradients.dtype == f32
+        assert weights.shape == gradients.shape
+        counts = np.broadcast_to(np.asarray(update_counts, dtype=np.int64), weights.shape[:1])
+        rate = self.lr if lr is None else lr
+        with np.errstate(over="ignore", under="ignore"):
+            self._update(weights, state, gradients, rate, group_step, counts)
+
+    def _update(
+        self,
+        weights: Floats,
+        state: Mapping[str, Floats],
+        gradients: Floats,
+        lr: float,
+        group_step: int,
+        counts: npt.NDArray[np.int64],
+    ) -> None:
+        raise NotImplementedError
+
+    def _decayed(self, weights: Floats, gradients: Floats) -> Floats:
+        decay = self.settings["weight_decay"]
+        return gradients + f32(decay) * weights if decay != 0.0 else gradients
+
+
+class ReferenceSGD(ReferenceOptimizer):
+    defaults: ClassVar[dict[str, float]] = {"lr": 1e-3, "weight_decay": 0.0}
+
+    def _update(
+        self,
+        weights: Floats,
+        state: Mapping[str, Floats],
+        gradients: Floats,
+        lr: float,
+        group_step: int,
+        counts: npt.NDArray[np.int64],
+    ) -> None:
+        weights -= f32(lr) * self._decayed(weights, gradients)
+
+
+class ReferenceAdagrad(ReferenceOptimizer):
+    entries: ClassVar[tuple[str, ...]] = ("sum",)
+    defaults: ClassVar[dict[str, float]] = {
+        "lr": 1e-2,
+        "eps": 1e-10,
+        "weight_decay": 0.0,
+        "initial_accumulator_value": 0.0,
+    }
+
+    def initial_state(self, rows: int, dimension: int) -> dict[str, Floats]:
+        return {"sum": np.full((rows, dimension), self.settings["initial_accumulator_value"], f32)}
+
+    def _update(
+        self,
+        weights: Floats,
+        state: Mapping[str, Floats],
+        gradients: Floats,
+        lr: float,
+        group_step: int,
+        counts: npt.NDArray[np.int64],
+    ) -> None:
+        g = self._decayed(weights, gradients)
+        state["sum"][...] += g * g
+        weights -= (f32(lr) * g) / (np.sqrt(state["sum"]) + f32(self.settings["eps"]))
+
+
+class ReferenceAdam(ReferenceOptimizer):
+    entries: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    defaults: ClassVar[dict[str, float]] = {
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "bias_correction": 0.0,
+    }
+
+    def _update(
+        self,
+        weights: Floats,
+        state: Mapping[str, Floats],
+        gradients: Floats,
+        lr: float,
+        group_step: int,
+        counts: npt.NDArray[np.int64],
+    ) -> None:
+        beta1, beta2 = self.settings["beta1"], self.settings["beta2"]
+        eps = f32(self.settings["eps"])
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        g = self._decayed(weights, gradients)
+        m += f32(1.0 - beta1) * (g - m)
+        if self.settings["bias_correction"] == 1.0:
+            v += f32(1.0 - beta2) * (g * g - v)
+            step = f32(lr * math.sqrt(1.0 - power(beta2, group_step)) / (1.0 - power(beta1, group_step)))
+            weights -= step * (m / (np.sqrt(v) + eps))
+            return
+        v[...] = f32(beta2) * v + (f32(1.0 - beta2) * g) * g
+        distinct, where = np.unique(counts, return_inverse=True)
+        first = [f32(1.0 / (1.0 - power(beta1, int(n)))) for n in distinct]
+        second = [f32(1.0 / math.sqrt(1.0 - power(beta2, int(n)))) for n in distinct]
+        rate = (f32(lr) * np.array(first, f32))[where][:, np.newaxis]
+        root = np.array(second, f32)[where][:, np.newaxis]
+        weights -= (rate * m) / (np.sqrt(v) * root + eps)
+
+
+OPTIMIZERS: dict[str, type[ReferenceOptimizer]] = {
+    "sgd": ReferenceSGD,
+    "adagrad": ReferenceAdagrad,
+    "adam": ReferenceAdam,
+}
+
+
+def optimizer(name: str, settings: Mapping[str, float]) -> ReferenceOptimizer:
+    return OPTIMIZERS[name](settings)
+
+
+# ---------------------------------------------------------- random numbers
+
+
+def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
+    """Philox4x32-10 (Salmon et al. 2011), vectorized: 32-bit words held in uint64 arrays."""
+    low = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    x0, x1, x2, x3 = (np.asarray(word, np.uint64) for word in counter)
+    k0, k1 = key
+    for _ in range(10):
+        product0 = np.uint64(0xD2511F53) * x0
+        product1 = np.uint64(0xCD9E8D57) * x2
+        x0, x1, x2, x3 = (
+            (product1 >> shift) ^ x1 ^ np.uint64(k0),
+            product1 & low,
+            (product0 >> shift) ^ x3 ^ np.uint64(k1),
+            product0 & low,
+        )
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return x0, x1, x2, x3
+
+
+def as_uint64(keys: npt.ArrayLike) -> Words:
+    """Keys of either signedness (or Python ints of either) as their 64 bits."""
+    # Through objects, or NumPy would make floats of a list with numbers on both sides of 2^63.
+    array = keys if isinstance(keys, np.ndarray) else np.array(keys, dtype=object)
+    if array.dtype == np.int64:
+        return np.ascontiguousarray(array).view(np.uint64)
+    if array.dtype == np.uint64:
+        return array
+    flat = [operator.index(key) & MASK64 for key in array.ravel()]
+    return np.array(flat, dtype=np.uint64).reshape(array.shape)
+
+
+def random_words(seed: int, stream: int, keys: npt.ArrayLike, count: int) -> Words:
+    """The 32-bit words of positions 0 .. count - 1 of each key: [len(keys), count]."""
+    low = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    zero = np.zeros(1, np.uint64)
+    stream_low, stream_high = (np.array([word], np.uint64) for word in (stream & 0xFFFFFFFF, stream >> 32))
+    subkey = philox4x32((stream_low, stream_high, zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
+    k = as_uint64(keys).reshape(-1, 1)
+    blocks = np.arange((count + 3) // 4, dtype=np.uint64).reshape(1, -1)
+    shape = (k.shape[0], blocks.shape[1])
+    words = philox4x32(
+        (
+            np.broadcast_to(k & low, shape),
+            np.broadcast_to(k >> shift, shape),
+            np.broadcast_to(blocks, shape),
+            np.zeros(shape, np.uint64),
+        ),
+        (int(subkey[0][0]), int(subkey[1][0])),
+    )
+    return np.stack(words, axis=-1).reshape(shape[0], 4 * shape[1])[:, :count]
+
+
+def natural_log(x: Doubles) -> Doubles:
+    """ln x for positive normal x = m 2^e with m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh((m-1)/(m+1))."""
+    m, e = np.frexp(x)  # m in [0.5, 1)
+    small = m < 0.7071067811865476
+    m = np.where(small, m + m, m)
+    e = np.where(small, e - 1, e).astype(np.float64)
+    s = (m - 1.0) / (m + 1.0)
+    t = s * s
+    series = np.full_like(t, 1.0 / 23.0)
+    for odd in (21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1):
+        series = series * t + 1.0 / odd
+    return e * 0.6931471805599453 + (2.0 * s) * series
+
+
+def _horner(x: Doubles, coefficients: tuple[float, ...]) -> Doubles:
+    value = np.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value
+
+
+# Wichura 1988, AS 241, PPND16: numerators and denominators, highest power first.
+_CENTRE = (
+    (2509.0809287301226727, 33430.575583588128105, 67265.770927008700853, 45921.953931549871457,
+     13731.693765509461125, 1971.5909503065514427, 133.14166789178437745, 3.387132872796366608),
+    (5226.495278852854561, 28729.085735721942674, 39307.89580009271061, 21213.794301586595867,
+     5394.1960214247511077, 687.1870074920579083, 42.313330701600911252, 1.0),
+)  # fmt: skip
+_TAIL = (
+    (7.7454501427834140764e-4, 0.0227238449892691845833, 0.24178072517745061177, 1.27045825245236838258,
+     3.64784832476320460504, 5.7694972214606914055, 4.6303378461565452959, 1.42343711074968357734),
+    (1.05075007164441684324e-9, 5.475938084995344946e-4, 0.0151986665636164571966, 0.14810397642748007459,
+     0.68976733498510000455, 1.6763848301838038494, 2.05319162663775882187, 1.0),
+)  # fmt: skip
+
+
+def inverse_normal(p: Doubles) -> Doubles:
+    """The p-quantile of the standard normal for p in [2^-33, 1 - 2^-33]: AS 241."""
+    q = p - 0.5
+    r = 0.180625 - q * q
+    centre = q * _horner(r, _CENTRE[0]) / _horner(r, _CENTRE[1])
+    tail_p = np.where(q < 0.0, p, 1.0 - p)
+    r = np.sqrt(-natural_log(tail_p)) - 1.6
+    tail = _horner(r, _TAIL[0]) / _horner(r, _TAIL[1])
+    return np.where(np.abs(q) <= 0.425, centre, np.where(q < 0.0, -tail, tail))
+
+
+# ------------------------------------------------------------ initializers
+
+
+class ReferenceInitializer:
+    defaults: ClassVar[dict[str, float]] = {}
+    required: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, settings: Mapping[str, float]) -> None:
+        assert set(settings) <= set(self.defaults) | self.required, settings
+        self.settings = {**self.defaults, **settings}
+
+    def weights(self, seed: int, stream: int, keys: npt.ArrayLike, dimension: int) -> Floats:
+        """First weights of each key: [len(keys), dimension]."""
+        raise NotImplementedError
+
+
+class ReferenceConstant(ReferenceInitializer):
+    required: ClassVar[frozenset[str]] = frozenset({"value"})
+    value: ClassVar[float | None] = None
+
+    def weights(self, seed: int, stream: int, keys: npt.ArrayLike, dimension: int) -> Floats:
+        value = self.settings["value"] if self.value is None else self.value
+        return np.full((as_uint64(keys).size, dimension), value, f32)
+
+
+class ReferenceZeros(ReferenceConstant):
+    required: ClassVar[frozenset[str]] = frozenset()
+    value: ClassVar[float | None] = 0.0
+
+
+class ReferenceOnes(ReferenceConstant):
+    required: ClassVar[frozenset[str]] = frozenset()
+    value: ClassVar[float | None] = 1.0
+
+
+class ReferenceUniform(ReferenceInitializer):
+    required: ClassVar[frozenset[str]] = frozenset({"low", "high"})
+
+    def weights(self, seed: int, stream: int, keys: npt.ArrayLike, dimension: int) -> Floats:
+        low, high = f32(self.settings["low"]), f32(self.settings["high"])
+        u = random_words(seed, stream, keys, dimension).astype(np.float64) * 2.0**-32
+        drawn = (float(low) + (float(high) - float(low)) * u).astype(f32)
+        return np.where(drawn < high, drawn, np.nextafter(high, low))
+
+
+class ReferenceNormal(ReferenceInitializer):
+    defaults: ClassVar[dict[str, float]] = {"mean": 0.0, "std": 1.0}
+
+    def weights(self, seed: int, stream: int, keys: npt.ArrayLike, dimension: int) -> Floats:
+        u = (random_words(seed, stream, keys, dimension).astype(np.float64) + 0.5) * 2.0**-32
+        return (self.settings["mean"] + self.settings["std"] * self.quantile(u)).astype(f32)
+
+    def quantile(self, u: Doubles) -> Doubles:
+        return inverse_normal(u)
+
+
+class ReferenceTruncatedNormal(ReferenceNormal):
+    def quantile(self, u: Doubles) -> Doubles:
+        p = 0.02275013194817921 + 0.9544997361036416 * u
+        return np.clip(inverse_normal(p), -2.0, 2.0)
+
+
+INITIALIZERS: dict[str, type[ReferenceInitializer]] = {
+    "zeros": ReferenceZeros,
+    "ones": ReferenceOnes,
+    "constant": ReferenceConstant,
+    "uniform": ReferenceUniform,
+    "normal": ReferenceNormal,
+    "truncated_normal": ReferenceTruncatedNormal,
+}
+
+
+def initializer(name: str, settings: Mapping[str, float]) -> ReferenceInitializer:
+    return INITIALIZERS[name](settings)
+
+
+# ------------------------------------------------------------------- table
+
+
+class Spec(Protocol):
+    """What damo_embedding's optimizers and initializers have in common."""
+
+    @property
+    def name(self) -> str: ...
+
+    def _settings(self) -> Mapping[str, float]: ...
+
+
+@dataclass
+class ReferenceRow:
+    weights: Floats
+    state: dict[str, Floats] = field(default_factory=dict)
+    update_count: int = 0
+    step: int = 0  # the group's step of the last update; 0 until the first
+    time: int = 0  # of the last update; of creation until the first
+
+
+class ReferenceTable:
+    """One group: a dict from the key's 64 bits to its row, in order of insertion.
+
+    Duplicates of a key in one `apply_gradients` are summed in float32 in order of appearance, starting from
+    the first, and make one update. Keys without a row get one. Every call with at least one key is one group
+    step.
+    """
+
+    def __init__(
+        self,
+        optimizer_spec: Spec | Any,
+        initializer_spec: Spec | Any,
+        dimension: int,
+        *,
+        seed: int = 0,
+        stream: int = 0,
+    ) -> None:
+        self.optimizer = optimizer(optimizer_spec.name, optimizer_spec._settings())
+        self.initializer = initializer(initializer_spec.name, initializer_spec._settings())
+        self.dimension = dimension
+        self.seed = seed
+        self.stream = stream  # the group's number, or the hash of its name
+        self.lr = self.optimizer.lr
+        self.step = 0
+        self.now = 0
+        self.rows: dict[int, ReferenceRow] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def initial(self, keys: npt.ArrayLike) -> Floats:
+        """First weights, whether or not a row exists: [..., dimension]."""
+        wanted = as_uint64(keys)
+        fresh = self.initializer.weights(self.seed, self.stream, wanted.ravel(), self.dimension)
+        return fresh.reshape(*wanted.shape, self.dimension)
+
+    def _insert(self, keys: list[int]) -> None:
+        new = [key for key in dict.fromkeys(keys) if key not in self.rows]
+        if not new:
+            return
+        for key, weights in zip(new, self.initial(np.array(new, np.uint64)), strict=True):
+            state = {name: block[0] for name, block in self.optimizer.initial_state(1, self.dimension).items()}
+            self.rows[key] = ReferenceRow(weights.copy(), state, time=self.now)
+
+    def lookup(self, keys: npt.ArrayLike, *, insert: bool = True, missing: str = "initial") -> Floats:
+        wanted = as_uint64(keys)
+        flat: list[int] = wanted.ravel().tolist()
+        if insert:
+            self._insert(flat)
+        out = self.initial(wanted.ravel()) if missing == "initial" else np.zeros((len(flat), self.dimension), f32)
+        for position, key in enumerate(flat):
+            if key in self.rows:
+                out[position] = self.rows[key].weights
+        return out.reshape(*wanted.shape, self.dimension)
+
+    def apply_gradients(self, keys: npt.ArrayLike, gradients: npt.ArrayLike, lr: float | None = None) -> None:
+        wanted = as_uint64(keys)
+        flat: list[int] = wanted.ravel().tolist()
+        if not flat:
+            return
+        values = np.asarray(gradients, f32)
+        assert values.shape == (*wanted.shape, self.dimension), values.shape
+        sums: dict[int, Floats] = {}
+        for key, gradient in zip(flat, values.reshape(len(flat), self.dimension), strict=True):
+            if key in sums:
+                sums[key] += gradient
+            else:
+                sums[key] = gradient.copy()
+        self._insert(list(sums))
+        self.step += 1
+        touched = [self.rows[key] for key in sums]
+        weights = np.stack([row.weights for row in touched])
+        state = {name: np.stack([row.state[name] for row in touched]) for name in self.optimizer.entries}
+        for row in touched:
+            row.update_count += 1
+            row.step = self.step
+            row.time = self.now
+        self.optimizer.update(
+            weights,
+            state,
+            np.stack(list(sums.values())),
+            lr=self.lr if lr is None else lr,
+            group_step=self.step,
+            update_counts=[row.update_count for row in touched],
+        )
+        for position, row in enumerate(touched):
+            row.weights = weights[position].copy()
+            row.state = {name: block[position].copy() for name, block in state.items()}
+
+    def contains(self, keys: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        wanted = as_uint64(keys)
+        found = [key in self.rows for key in wanted.ravel().tolist()]
+        return np.array(found, np.bool_).reshape(wanted.shape)
+
+    def erase(self, keys: npt.ArrayLike) -> int:
+        """How many rows went away."""
+        return sum(self.rows.pop(key, None) is not None for key in as_uint64(keys).ravel().tolist())

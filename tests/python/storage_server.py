@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storages in processes that can be killed.
+
+A fork server with everything imported (this file, run as a script) forks a child for each session; the child opens
+storages and obeys over a pipe. Killing a session kills the process that has the storage open, as kill -9 would a
+training job, and the next session opens within milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import damo_embedding as de
+from comparing import Row, rows_of
+
+PATIENCE = 60  # seconds; what takes so long hangs
+
+
+@dataclass(frozen=True)
+class Group:
+    """How an embedding is opened."""
+
+    group: int
+    optimizer: de.Optimizer
+    initializer: de.Initializer
+    dimension: int
+    seed: int = 0
+
+    def open(self, storage: de.Storage) -> de.Embedding:
+        return de.Embedding(
+            storage,
+            self.optimizer,
+            self.initializer,
+            dimension=self.dimension,
+            group=self.group,
+            seed=self.seed,
+        )
+
+
+class Served:
+    """What a session can be told, in the child."""
+
+    storage: de.Storage
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.embeddings: dict[int, de.Embedding] = {}
+
+    def open(self, path: Path, groups: list[Group], now: int, checkpoint: Path | None = None, **options: Any) -> None:
+        """Opens the storage, restored from a checkpoint if one is given, and its groups."""
+        if checkpoint is None:
+            self.storage = de.Storage(path, **options)
+        else:
+            self.storage = de.Storage.restore(checkpoint, path, **options)
+        self.storage.now = now
+        self.embeddings = {group.group: group.open(self.storage) for group in groups}
+
+    def storage_call(self, verb: str, *args: Any, **named: Any) -> Any:
+        return getattr(self.storage, verb)(*args, **named)
+
+    def embedding_call(self, group: int, verb: str, *args: Any, **named: Any) -> Any:
+        return getattr(self.embeddings[group], verb)(*args, **named)
+
+    def set_now(self, now: int) -> None:
+        self.storage.now = now
+
+    def last_commit(self) -> tuple[int | None, bytes] | None:
+        return self.storage.last_commit
+
+    def numbers(self) -> dict[int, tuple[int, int]]:
+        """(rows, step) of each group."""
+        return {group: (len(embedding), embedding.step) for group, embedding in self.embeddings.items()}
+
+    def rows(self, group: int) -> dict[int, Row]:
+        return rows_of(self.embeddings[group])
+
+    def read_dump(self, path: Path, **conditions: Any) -> tuple[int, dict[int, Any]]:
+        return self.storage.dump(path, **conditions), de.read_dump(path)
+
+    def train(self, steps: list[tuple[int, int, np.ndarray, np.ndarray]]) -> None:
+        """Applies (number, group, keys, gradients), and says the number before and after."""
+        for number, group, keys, gradients in steps:
+            self.connection.send(("issued", number))
+            self.embeddings[group].apply_gradients(keys, gradients)
+            self.connection.send(("applied", number))
+
+
+def serve(connection: Connection) -> None:
+    connection.send(os.getpid())
+    served = Served(connection)
+    while True:
+        try:
+            verb, args, named = connection.recv()
+        except EOFError:  # whoever asked is gone
+            return
+        try:
+            answer = ("returned", getattr(served, verb)(*args, **named))
+        except Exception as error:
+            answer = ("raised", f"{type(error).__name__}: {error}")
+        connection.send(answer)
+
+
+def run_fork_server(address: str) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
+    with Listener(address, "AF_UNIX", backlog=16) as listener:
+        socket = listener._listener._socket  # type: ignore[attr-defined]
+        print("ready", flush=True)
+        while True:
+            readable, _, _ = select.select([socket, sys.stdin], [], [])
+            if sys.stdin in readable:  # the end of the tests, however they ended
+                return
+            connection = listener.accept()
+            if os.fork() == 0:
+                try:
+                    serve(connection)
+                finally:
+                    os._exit(0)
+            connection.close()
+
+
+class Session:
+    """A process that opens storages and does what it is told."""
+
+    def __init__(self, address: str) -> None:
+        self.connection = Client(address, "AF_UNIX")
+        self.pid: int = self.connection.recv()
+        self._died = os.pidfd_open(self.pid)
+
+    def start(self, verb: str, *args: Any, **named: Any) -> None:
+        """Does not wait for the answer."""
+        self.connection.send((verb, args, named))
+
+    def __call__(self, verb: str, *args: Any, **named: Any) -> Any:
+        self.start(verb, *args, **named)
+        if not self.connection.poll(PATIENCE):
+            self.kill()
+            raise AssertionError(f"{verb} {args[:2]} did not end within {PATIENCE} s: killed")
+        what, value = self.connection.recv()
+        assert what == "returned", value
+        return value
+
+    def kill(self) -> list[Any]:
+        """kill -9, now; returns what it had still said. On return the process does not exist any more."""
+        signal.pidfd_send_signal(self._died, signal.SIGKILL)
+        self._wait()
+        said = []
+        try:
+            while True:
+                said.append(self.connection.recv())
+        except (EOFError, OSError):  # OSError: cut off within a message
+            self.connection.close()
+        return said
+
+    def leave(self) -> None:
+        """Lets the process end: nobody asks any more."""
+        self.connection.close()
+        self._wait()
+
+    def _wait(self) -> None:
+        select.select([self._died], [], [])
+        os.close(self._died)
+
+
+@dataclass(frozen=True)
+class ForkServer:
+    address: str
+
+    def session(self) -> Session:
+        return Session(self.address)
+
+
+@contextmanager
+def fork_server() -> Iterator[ForkServer]:
+    # Not in a tmp_path: the name of a socket may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="damo-") as directory:
+        address = os.path.join(directory, "sessions")
+        with subprocess.Popen(
+            [sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout.readline() == b"ready\n"
+            try:
+                yield ForkServer(address)
+            finally:
+                process.stdin.close()
+
+
+if __name__ == "__main__":
+    import storage_server  # by its name, as it is in what comes over the pipe; children find it imported
+
+    storage_server.run_fork_server(sys.argv[1])

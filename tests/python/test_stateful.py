@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any order of the verbs, beside the oracle: a storage with so little memory that rows come and go at every step.
+
+The storage lives in a process of its own, which closing ends politely and a kill does not. Every row, its state, count
+and time are compared bit for bit after each reopening.
+
+A longer run: DAMO_STATEFUL_EXAMPLES=500 pytest tests/python/test_stateful.py
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import damo_embedding as de
+from comparing import Row, assert_same_rows, rows_of_reference
+from reference import ReferenceTable
+from storage_server import ForkServer, Group, Session, fork_server
+
+# Rows of 4, 8 and 12 KB, of which some 10 MiB are in memory at once: fewer than a third of all keys.
+GROUPS = [
+    Group(0, de.SGD(lr=0.1, weight_decay=0.01), de.Uniform(-1.0, 1.0), dimension=1024, seed=1),
+    Group(7, de.Adagrad(lr=0.1), de.Normal(0.0, 0.5), dimension=1020, seed=2),
+    Group(255, de.Adam(lr=0.1), de.TruncatedNormal(0.0, 1.0), dimension=1000, seed=3),
+]
+NUMBERS = [group.group for group in GROUPS]
+POOL = 1_500
+START = 2**40  # ahead of any wall clock: time is the test's
+
+
+def pool_of(group: int) -> np.ndarray:
+    """Keys all over the 64 bits, with the special ones among them."""
+    random = np.random.default_rng(group)
+    keys = random.integers(-(2**63), 2**63, POOL, dtype=np.int64)
+    keys[:5] = [0, -1, 1, 2**63 - 1, -(2**63)]
+    return keys
+
+
+POOLS = {group: pool_of(group) for group in NUMBERS}
+groups = st.sampled_from(NUMBERS)
+
+
+@st.composite
+def batches(draw: st.DrawFn, most: int = 120) -> tuple[int, int, int]:
+    """A seed, a size, and how many keys of the pool it is from: few make repeats, all make cold rows."""
+    return (
+        draw(st.integers(0, 2**32 - 1)),
+        draw(st.integers(0, most)),
+        draw(st.sampled_from([3, 60, 400, POOL])),
+    )
+
+
+def keys_of(group: int, batch: tuple[int, int, int]) -> np.ndarray:
+    seed, size, width = batch
+    random = np.random.default_rng(seed)
+    begin = int(random.integers(0, POOL - width + 1))
+    return POOLS[group][random.integers(begin, begin + width, size)]
+
+
+def gradients_of(group: int, batch: tuple[int, int, int]) -> np.ndarray:
+    dimension = next(known.dimension for known in GROUPS if known.group == group)
+    return np.random.default_rng([batch[0], 1]).standard_normal((batch[1], dimension)).astype(np.float32)
+
+
+class Oracle:
+    """What the storage should be: the tables, the clock, the last commit."""
+
+    def __init__(self) -> None:
+        self.tables = {
+            group.group: ReferenceTable(
+                group.optimizer, group.initializer, group.dimension, seed=group.seed, stream=group.group
+            )
+            for group in GROUPS
+        }
+        self.last_commit: tuple[int | None, bytes] | None = None
+
+    def set_now(self, now: int) -> None:
+        for table in self.tables.values():
+            table.now = now
+
+    def rows(self, group: int) -> dict[int, Row]:
+        return rows_of_reference(self.tables[group])
+
+
+class StorageMachine(RuleBasedStateMachine):
+    server: ForkServer  # set by the test
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp(prefix="damo-stateful-"))
+        self.path = self.directory / "table.damo"
+        self.oracle = Oracle()
+        self.now = START
+        self.oracle.set_now(self.now)
+        self.checkpoints: list[tuple[Path, Oracle]] = []
+        self.dumps = 0
+        self.session: Session = self.server.session()
+        self.open()
+
+    def teardown(self) -> None:
+        try:
+            self.reopen()
+            self.session("storage_call", "close")
+        finally:
+            self.session.kill()
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def open(self, checkpoint: Path | None = None) -> None:
+        self.session("open", self.path, GROUPS, self.now, checkpoint, memory="16MiB", threads=2, log_bytes="4MiB")
+
+    def compare(self) -> None:
+        self.compare_numbers()
+        for group in NUMBERS:
+            assert_same_rows(self.session("rows", group), self.oracle.rows(group))
+        assert self.session("last_commit") == self.oracle.last_commit
+
+    def compare_numbers(self) -> None:
+        expected = {group: (len(table), table.step) for group, table in self.oracle.tables.items()}
+        assert self.session("numbers") == expected
+
+    @initialize()
+    def fill(self) -> None:
+        """More rows than memory holds, before anything else."""
+        for begin in range(0, 900, 100):
+            for group in NUMBERS:
+                keys = POOLS[group][begin : begin + 100]
+                gradients = gradients_of(group, (begin, 100, 0))
+                self.session("embedding_call", group, "apply_gradients", keys, gradients)
+                self.oracle.tables[group].apply_gradients(keys, gradients)
+        assert self.session("storage_call", "stats")["evictions"] > 100
+
+    # -------------------------------------------------------------- verbs
+
+    @rule(group=groups, batch=batches())
+    def lookup(self, group: int, batch: tuple[int, int, int]) -> None:
+        keys = keys_of(group, batch)
+        found = self.session("embedding_call", group, "lookup", keys)
+        np.testing.assert_array_equal(found, self.oracle.tables[group].lookup(keys))
+
+    @rule(group=groups, batch=batches(), missing=st.sampled_from(["initial", "zeros"]))
+    def lookup_without_insert(self, group: int, batch: tuple[int, int, int], missing: str) -> None:
+        keys = keys_of(group, batch)
+        found = self.session("embedding_call", group, "lookup", keys, insert=False, missing=missing)
+        np.testing.assert_array_equal(found, self.oracle.tables[group].lookup(keys, insert=False, missing=missing))
+
+    @rule(group=groups, batch=batches(), lr=st.sampled_from([None, 0.0, 0.5]), looked_up=st.booleans())
+    def apply_gradients(self, group: int, batch: tuple[int, int, int], lr: float | None, looked_up: bool) -> None:
+        keys, gradients = keys_of(group, batch), gradients_of(group, batch)
+        if looked_up:
+            self.session("embedding_call", group, "lookup", keys)
+            self.oracle.tables[group].lookup(keys)
+        self.session("embedding_call", group, "apply_gradients", keys, gradients, lr=lr)
+        self.oracle.tables[group].apply_gradients(keys, gradients, lr)
+
+    @rule(group=groups, batch=batches(most=1_000))
+    def apply_more_than_memory_takes_at_once(self, group: int, batch: tuple[int, int, int]) -> None:
+        keys, gradients = keys_of(group, batch), gradients_of(group, batch)
+        self.session("embedding_call", group, "apply_gradients", keys, gradients)
+        self.oracle.tables[group].apply_gradients(keys, gradients)
+
+    @rule(group=groups, batch=batches())
+    def erase(self, group: int, batch: tuple[int, int, int]) -> None:
+        keys = keys_of(group, batch)
+        gone = self.session("embedding_call", group, "erase", keys)
+        assert gone == self.oracle.tables[group].erase(keys)
+
+    @rule(group=groups, batch=batches())
+    def contains(self, group: int, batch: tuple[int, int, int]) -> None:
+        keys = keys_of(group, batch)
+        found = self.session("embedding_call", group, "contains", keys)
+        np.testing.assert_array_equal(found, self.oracle.tables[group].contains(keys))
+
+    @rule(group=groups, batch=batches())
+    def prefetch(self, group: int, batch: tuple[int, int, int]) -> None:
+        self.session("embedding_call", group, "prefetch", keys_of(group, batch))
+
+    @rule(group=groups, place=st.integers(0, POOL - 1))
+    def inspect(self, group: int, place: int) -> None:
+        key = int(POOLS[group][place])
+        found = self.session("embedding_call", group, "inspect", key)
+        expected = self.oracle.tables[group].rows.get(key % 2**64)
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            assert (found.key, found.update_count, found.step, found.last_update) == (
+                key % 2**64,
+                expected.update_count,
+                expected.step,
+                expected.time,
+            )
+            np.testing.assert_array_equal(found.weights, expected.weights)
+            for name, block in expected.state.items():
+                np.testing.assert_array_equal(found.state[name], block)
+
+    @rule(group=groups)
+    def scan(self, group: int) -> None:
+        assert_same_rows(self.session("rows", group), self.oracle.rows(group))
+
+    @rule(seconds=st.integers(1, 10**6))
+    def time_passes(self, seconds: int) -> None:
+        self.now += seconds
+        self.oracle.set_now(self.now)
+        self.session("set_now", self.now)
+
+    # ------------------------------------------------------ dump, commit, checkpoint
+
+    @rule(group=st.sampled_from([None, *NUMBERS]), min_count=st.integers(0, 3))
+    def dump(self, group: int | None, min_count: int) -> None:
+        self.dumps += 1
+        wanted = NUMBERS if group is None else [group]
+        count, dumped = self.session(
+            "read_dump", self.directory / f"dump-{self.dumps}", group=group, min_count=min_count
+        )
+        expected = {
+            number: {
+                key: row.weights.tobytes()
+                for key, row in self.oracle.tables[number].rows.items()
+                if row.update_count >= min_count
+            }
+            for number in wanted
+        }
+        assert {
+            number: {int(key): row.tobytes() for key, row in zip(keys, weights, strict=True)}
+            for number, (keys, weights) in dumped.items()
+        } == expected
+        assert count == sum(map(len, expected.values()))
+
+    @rule(step=st.one_of(st.none(), st.integers(0, 2**63 - 1)), extra=st.binary(max_size=20))
+    def commit(self, step: int | None, extra: bytes) -> None:
+        self.session("storage_call", "commit", step, extra)
+        self.oracle.last_commit = (step, extra)
+
+    @precondition(lambda self: len(self.checkpoints) < 3)
+    @rule()
+    def checkpoint(self) -> None:
+        directory = self.directory / f"checkpoint-{len(self.checkpoints)}"
+        self.session("storage_call", "checkpoint", directory)
+        self.checkpoints.append((directory, copy.deepcopy(self.oracle)))
+
+    @precondition(lambda self: self.checkpoints)
+    @rule(which=st.integers(0, 2))
+    def restore(self, which: int) -> None:
+        directory, oracle = self.checkpoints[which % len(self.checkpoints)]
+        self.session("storage_call", "close")
+        self.oracle = copy.deepcopy(oracle)
+        self.oracle.set_now(self.now)
+        self.open(directory)
+        self.compare()
+
+    # ---------------------------------------------------------- close and kill
+
+    @rule()
+    def reopen(self) -> None:
+        self.session("storage_call", "close")
+        self.open()
+        self.compare()
+
+    @rule()
+    def kill(self) -> None:
+        self.session.kill()
+        self.session = self.server.session()
+        self.open()
+        self.compare()
+
+    @rule(group=groups, batch=batches(), delay=st.sampled_from([0.0, 0.001, 0.003, 0.01]))
+    def kill_during_an_apply(self, group: int, batch: tuple[int, int, int], delay: float) -> None:
+        """It happened or it did not; half of it never."""
+        keys, gradients = keys_of(group, batch), gradients_of(group, batch)
+        self.session.start("embedding_call", group, "apply_gradients", keys, gradients)
+        time.sleep(delay)
+        acknowledged = ("returned", None) in self.session.kill()
+        self.session = self.server.session()
+        self.open()
+        table = self.oracle.tables[group]
+        rows, step = self.session("numbers")[group]
+        assert step in ({table.step + 1} if acknowledged and len(keys) else {table.step, table.step + 1})
+        if step == table.step + 1:
+            table.apply_gradients(keys, gradients)
+        assert rows == len(table)
+        self.compare()
+
+
+def run(server: ForkServer, machine: type[StorageMachine], max_examples: int) -> None:
+    examples = int(os.environ.get("DAMO_STATEFUL_EXAMPLES", "0"))
+    machine.server = server
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples or max_examples,
+            stateful_step_count=50 if examples else 20,
+            derandomize=not examples,
+            # An example takes seconds, so a failure is shown as it came; the longer run makes it small.
+            phases=list(Phase) if examples else [Phase.generate],
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.slow
+def test_any_order_of_the_verbs_equals_the_oracle_through_evictions_reopenings_and_kills() -> None:
+    with fork_server() as server:
+        run(server, StorageMachine, max_examples=6)

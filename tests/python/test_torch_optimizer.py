@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseOptimizer: gradients add up and are applied at step(), and torch's tools for optimizers work on
+them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import damo_embedding as de  # noqa: E402
+from damo_embedding.torch import Embedding, EmbeddingCollection, Feature, SparseOptimizer  # noqa: E402
+
+DIMENSION = 4
+KEYS = np.array([1, 2, 3])
+
+
+@pytest.fixture
+def item(storage: de.Storage) -> Embedding:
+    return Embedding(storage, group="item", dimension=DIMENSION, optimizer=de.SGD(lr=1.0))
+
+
+def stored(module: Embedding) -> np.ndarray:
+    return module.embedding.lookup(KEYS, insert=False)
+
+
+def moved(module: Embedding, before: np.ndarray) -> list[float]:
+    """How far each row went down, the same for each of its weights."""
+    distance = before - stored(module)
+    np.testing.assert_allclose(distance, np.repeat(distance[:, :1], DIMENSION, axis=1), rtol=0, atol=1e-4)
+    return [round(float(value), 4) for value in distance[:, 0]]
+
+
+def test_gradients_wait_for_the_step_and_are_applied_once(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    before = stored(item)
+    item(torch.tensor([1, 1, 2])).sum().backward()
+    item(torch.tensor([2])).sum().backward()
+    assert item.embedding.step == 0
+    assert moved(item, before) == [0.0, 0.0, 0.0]
+    optimizer.step()
+    assert item.embedding.step == 1
+    assert moved(item, before) == [2.0, 2.0, 0.0]
+    optimizer.step()
+    assert item.embedding.step == 1
+
+
+def test_zero_grad_drops_what_no_step_has_applied(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    before = stored(item)
+    item(torch.tensor([1])).sum().backward()
+    optimizer.zero_grad()
+    item(torch.tensor([2])).sum().backward()
+    optimizer.step()
+    assert moved(item, before) == [0.0, 1.0, 0.0]
+
+
+def test_a_closure_is_evaluated_with_gradients(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    before = stored(item)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = item(torch.tensor([1])).sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) == pytest.approx(float(before[0].sum()))
+    assert moved(item, before) == [1.0, 0.0, 0.0]
+
+
+def test_all_groups_of_a_model_are_managed_each_once(storage: de.Storage, item: Embedding) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item = item
+            self.fields = EmbeddingCollection(
+                storage,
+                {"user": Feature(4, optimizer=de.Adam(lr=0.5)), "item": Feature(DIMENSION)},
+                optimizer=de.SGD(lr=1.0),
+            )
+            self.dense = torch.nn.Linear(4, 1)
+
+    model = Model()
+    optimizer = SparseOptimizer(model)
+    assert [(group["name"], group["lr"]) for group in optimizer.param_groups] == [
+        ("item", 1.0),
+        ("user", 0.5),
+    ]
+    assert SparseOptimizer([model.dense, model.fields]).param_groups[0]["name"] == "user"
+
+
+def test_a_module_of_a_managed_group_is_managed_too(storage: de.Storage, item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    twin = Embedding(storage, group="item", dimension=DIMENSION, optimizer=de.SGD(lr=1.0))
+    before = stored(item)
+    twin(torch.tensor([1])).sum().backward()
+    assert item.embedding.step == 0
+    optimizer.step()
+    assert moved(item, before) == [1.0, 0.0, 0.0]
+
+
+def test_groups_of_two_optimizers_are_updated_by_their_own(storage: de.Storage, item: Embedding) -> None:
+    user = Embedding(storage, group="user", dimension=DIMENSION, optimizer=de.SGD(lr=1.0))
+    optimizer = SparseOptimizer(item)
+    (item(torch.tensor([1])).sum() + user(torch.tensor([1])).sum()).backward()
+    assert (item.embedding.step, user.embedding.step) == (0, 1)
+    optimizer.step()
+    assert (item.embedding.step, user.embedding.step) == (1, 1)
+
+
+def test_a_newer_optimizer_takes_over_and_the_older_one_says_so(item: Embedding) -> None:
+    older = SparseOptimizer(item)
+    item(torch.tensor([1])).sum().backward()
+    newer = SparseOptimizer(item)
+    before = stored(item)
+    item(torch.tensor([2])).sum().backward()
+    with pytest.raises(RuntimeError, match='group "item" has a newer SparseOptimizer'):
+        older.step()
+    newer.step()
+    assert moved(item, before) == [0.0, 1.0, 0.0]
+
+
+def test_when_the_optimizer_is_gone_backward_updates_again(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    item(torch.tensor([1])).sum().backward()
+    del optimizer
+    gc.collect()
+    before = stored(item)
+    item(torch.tensor([2])).sum().backward()
+    assert moved(item, before) == [0.0, 1.0, 0.0]
+
+
+def test_a_step_that_raises_applies_nothing_and_zero_grad_recovers(storage: de.Storage, item: Embedding) -> None:
+    user = Embedding(storage, group="user", dimension=DIMENSION, optimizer=de.SGD(lr=1.0))
+    optimizer = SparseOptimizer([item, user])
+    before = stored(item), stored(user)
+    (item(torch.tensor([1])).sum() + user(torch.tensor([3])).sum() * float("nan")).backward()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"key 3\b"):
+            optimizer.step()
+    assert item.embedding.step == user.embedding.step == 0
+    assert moved(item, before[0]) == moved(user, before[1]) == [0.0, 0.0, 0.0]
+    optimizer.zero_grad()
+    item(torch.tensor([2])).sum().backward()
+    optimizer.step()
+    assert moved(item, before[0]) == [0.0, 1.0, 0.0]
+
+
+def test_the_rate_of_a_step_is_that_of_its_param_group(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    before = stored(item)
+    optimizer.param_groups[0]["lr"] = 0.25
+    item(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    item(torch.tensor([2])).sum().backward()
+    optimizer.step()
+    assert moved(item, before) == [0.25, 0.5, 0.0]
+    assert item.embedding.lr == 1.0
+
+
+def test_schedulers_set_the_rate(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    before = stored(item)
+    for _ in range(3):
+        optimizer.zero_grad()
+        item(torch.tensor([1])).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    assert moved(item, before) == [1.75, 0.0, 0.0]
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1)
+    plateau.step(1.0)
+    plateau.step(2.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0125)
+
+
+def test_a_state_dict_has_rates_and_no_rows(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    item(torch.tensor([1])).sum().backward()
+    optimizer.param_groups[0]["lr"] = 0.125
+    state = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    assert state == {"state": {}, "param_groups": [{"lr": 0.125, "name": "item", "params": [0]}]}
+    other = SparseOptimizer(item)
+    other.load_state_dict(state)
+    before = stored(item)
+    item(torch.tensor([1])).sum().backward()
+    other.step()
+    assert moved(item, before) == [0.125, 0.0, 0.0]
+
+
+# ------------------------------------------- gradients that torch's tools see
+
+
+def test_a_gradient_is_seen_once_for_each_key(storage: de.Storage) -> None:
+    module = Embedding(storage, group="item", dimension=DIMENSION, optimizer=de.SGD(lr=1.0), padding_idx=0)
+    optimizer = SparseOptimizer(module)
+    (stand_in,) = optimizer.parameters()
+    assert stand_in.grad is None
+    module(torch.tensor([2, 0, 1, 2])).sum().backward()
+    module(torch.tensor([1, 3])).sum().backward()
+    assert sorted(stand_in.grad[:, 0].tolist()) == [1.0, 2.0, 2.0]
+    assert stand_in.grad is stand_in.grad
+    before = stored(module)
+    module(torch.tensor([3])).sum().backward()
+    assert sorted(stand_in.grad[:, 0].tolist()) == [2.0, 2.0, 2.0]
+    stand_in.grad *= 2.0
+    optimizer.step()
+    assert moved(module, before) == [4.0, 4.0, 4.0]
+    assert module.embedding.step == 1
+    assert stand_in.grad is None
+
+
+def test_a_gradient_changed_in_place_leaves_other_tensors_alone(item: Embedding) -> None:
+    # Both lookups get the same gradient tensor from autograd, and so does `dense`.
+    dense = torch.zeros(1, DIMENSION, requires_grad=True)
+    optimizer = SparseOptimizer(item)
+    before = stored(item)
+    (item(torch.tensor([1])) + item(torch.tensor([2])) + dense).sum().backward()
+    optimizer.parameters()[0].grad.mul_(10.0)
+    optimizer.step()
+    assert moved(item, before) == [10.0, 10.0, 0.0]
+    assert dense.grad.tolist() == [[1.0] * DIMENSION]
+
+
+def test_a_gradient_can_be_replaced_by_one_of_its_shape(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    (stand_in,) = optimizer.parameters()
+    with pytest.raises(ValueError, match="no gradient to replace"):
+        stand_in.grad = torch.zeros(1, DIMENSION)
+    before = stored(item)
+    item(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"shape \(3, 4\), expected \(2, 4\)"):
+        stand_in.grad = torch.zeros(3, DIMENSION)
+    stand_in.grad = stand_in.grad.clamp(max=0.5)
+    optimizer.step()
+    assert moved(item, before) == [0.5, 0.5, 0.0]
+
+
+def test_clipping_equals_clipping_of_a_dense_embedding(item: Embedding) -> None:
+    dense = torch.nn.Linear(DIMENSION, 1)
+    twin = torch.nn.Linear(DIMENSION, 1)
+    twin.load_state_dict(dense.state_dict())
+    theirs = torch.nn.Embedding(4, DIMENSION)
+    with torch.no_grad():
+        theirs.weight[1:] = torch.from_numpy(stored(item))
+    rows = SparseOptimizer(item)
+    ids = torch.tensor([1, 1, 2, 3, 1])
+    optimizers = rows, torch.optim.SGD([*twin.parameters(), *theirs.parameters()], lr=1.0)
+    dense_sgd = torch.optim.SGD(dense.parameters(), lr=1.0)
+    (dense(item(ids)) ** 2).sum().backward()
+    (twin(theirs(ids)) ** 2).sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_([*dense.parameters(), *rows.parameters()], max_norm=0.01)
+    expected = torch.nn.utils.clip_grad_norm_([*twin.parameters(), *theirs.parameters()], max_norm=0.01)
+    torch.testing.assert_close(norm, expected)
+    assert norm > 0.01
+    dense_sgd.step()
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(torch.from_numpy(stored(item)), theirs.weight.detach()[1:])
+    torch.testing.assert_close(dense.weight, twin.weight)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_gradient_scaler_scales_and_unscales(item: Embedding, unscale: bool) -> None:
+    optimizer = SparseOptimizer(item)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = stored(item)
+    for ids in ([1, 1], [2]):
+        scaler.scale(item(torch.tensor(ids)).sum()).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+        assert sorted(optimizer.parameters()[0].grad[:, 0].tolist()) == [1.0, 2.0]
+    scaler.step(optimizer)
+    scaler.update()
+    assert moved(item, before) == [2.0, 1.0, 0.0]
+    assert scaler.get_scale() == 1024.0
+
+
+def test_a_gradient_scaler_skips_the_step_of_an_infinite_gradient(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = stored(item)
+    for factor in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(item(torch.tensor([1])).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert item.embedding.step == 1
+    assert moved(item, before) == [1.0, 0.0, 0.0]
+
+
+# ------------------------------------------------------------------- errors
+
+
+def test_a_model_without_embeddings_and_dense_parameters_are_refused(item: Embedding) -> None:
+    with pytest.raises(ValueError, match="have no damo_embedding"):
+        SparseOptimizer(torch.nn.Linear(2, 1))
+    optimizer = SparseOptimizer(item)
+    with pytest.raises(TypeError, match="dense tensors; give them to an optimizer"):
+        optimizer.add_param_group({"params": torch.nn.Linear(2, 1).parameters()})
+
+
+def test_an_optimizer_is_not_copied_or_pickled(item: Embedding) -> None:
+    optimizer = SparseOptimizer(item)
+    with pytest.raises(TypeError, match="SparseOptimizer cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(TypeError, match="SparseOptimizer cannot be copied or pickled"):
+        pickle.dumps(optimizer)
