@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kill: a training process killed with SIGKILL half-way goes on from its checkpoint as if nothing had
+happened.
+
+A checkpoint is a directory with the rows, the dense weights, their optimizer and the reader's position, moved
+into place in one piece. A run that nobody disturbs is the yardstick: in the end every row, its optimizer
+state, its update count and time, and every dense weight must agree in every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import damo_embedding as de
+from demo.progress import Progress
+from demo.runner import Job, Runner
+from demo.settings import Settings, StreamSettings, settings
+from demo.stream import Stream
+from demo.stream_model import StreamTrainer, learn_step, our_embeddings
+from demo.stream_tables import our_tables
+
+
+def run(runner: Runner, sizes: Settings) -> dict[str, Any]:
+    half = sizes.kill_steps // 2
+    _, victim = runner.run(
+        Job("kill", "left alone", {"role": "undisturbed"}),
+        Job("kill", "killed half-way", {"role": "victim"}, kill_at=half),
+    )
+    [resumed] = runner.run(Job("kill", "resumed from its checkpoint", {"role": "resumed"}))
+    [compared] = runner.run(Job("kill", "compared bit by bit", {"role": "compare"}))
+    return {**victim, **resumed, **compared}
+
+
+def work(directory: Path, quick: bool, options: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    torch.set_num_threads(1)  # sums in one order
+    sizes = settings(quick)
+    size = replace(sizes.stream, steps=sizes.kill_steps, memory="16MiB")
+    out = directory / "kill"
+    out.mkdir(exist_ok=True)
+    checkpoint = out / "checkpoint"
+    role = options["role"]
+    if role == "compare":
+        return _compare(out, size, progress)
+
+    name = "undisturbed" if role == "undisturbed" else "resumed"
+    path = out / name
+    if role == "resumed":  # the directory that the killed process has left
+        opened = de.Storage.restore(checkpoint / "rows", path, memory=size.memory)
+    else:
+        opened = de.Storage.create(path, memory=size.memory)
+    with opened as storage:
+        trainer = StreamTrainer(our_embeddings(storage, size), size)
+        first = _load_dense(checkpoint / "dense.npz", trainer) if role == "resumed" else 0
+        checkpoint_at = size.steps * 2 // 5
+        progress.total(size.steps - first)
+        stream = Stream(size)
+        for step in range(first, size.steps):
+            batch = stream.batch(step)
+            learn_step(storage, trainer, batch, step)
+            if role == "victim" and step + 1 == checkpoint_at:
+                aside = out / "checkpoint.part"
+                aside.mkdir()
+                storage.checkpoint(aside / "rows", step=step + 1)
+                _save_dense(aside / "dense.npz", trainer, next_step=step + 1)
+                aside.rename(checkpoint)
+            progress.tick()
+        storage.commit(step=size.steps)
+    _save_dense(out / f"{name}.npz", trainer, next_step=size.steps)
+    return {"resumed_at": first}
+
+
+def _save_dense(path: Path, trainer: StreamTrainer, next_step: int) -> None:
+    """Plain arrays: nothing in the file can run code when it is read."""
+    arrays = {"next_step": np.array(next_step)}
+    for i, parameter in enumerate(trainer.model.dense_parameters()):
+        arrays[f"{i}"] = parameter.detach().numpy()
+        for name, value in trainer.dense.state[parameter].items():
+            arrays[f"{i}.{name}"] = value.numpy()
+    np.savez(path, **arrays)
+
+
+def _load_dense(path: Path, trainer: StreamTrainer) -> int:
+    """Returns the reader's position: the step to go on with."""
+    with np.load(path, allow_pickle=False) as arrays, torch.no_grad():
+        for i, parameter in enumerate(trainer.model.dense_parameters()):
+            parameter.copy_(torch.from_numpy(arrays[f"{i}"]))
+            trainer.dense.state[parameter] = {
+                name.removeprefix(f"{i}."): torch.from_numpy(arrays[name])
+                for name in arrays.files
+                if name.startswith(f"{i}.")
+            }
+        return int(arrays["next_step"])
+
+
+def _compare(out: Path, size: StreamSettings, progress: Progress) -> dict[str, Any]:
+    progress.total(1)
+    rows, equal = 0, True
+    with (
+        de.Storage.open(out / "undisturbed", memory=size.memory) as one,
+        de.Storage.open(out / "resumed", memory=size.memory) as other,
+    ):
+        for mine, its in zip(our_tables(one, size), our_tables(other, size), strict=True):
+            left, right = dict(_all_rows(mine)), dict(_all_rows(its))
+            rows += len(left["keys"])
+            equal &= left.keys() == right.keys()
+            equal &= all(np.array_equal(left[name], right[name]) for name in left)
+    with np.load(out / "undisturbed.npz") as left, np.load(out / "resumed.npz") as right:
+        dense = sum(left[name].size for name in left.files)
+        equal &= left.files == right.files
+        equal &= all(left[name].tobytes() == right[name].tobytes() for name in left.files)
+    progress.tick()
+    return {"equal": bool(equal), "rows": rows, "dense": int(dense)}
+
+
+def _all_rows(table: de.Embedding) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Everything a table holds, its floats as bits, by key."""
+    parts = list(table.scan())
+    keys = np.concatenate([part.keys for part in parts])
+    order = np.argsort(keys)
+    yield "keys", keys[order]
+    yield "update_counts", np.concatenate([part.update_counts for part in parts])[order]
+    yield "last_updates", np.concatenate([part.last_updates for part in parts])[order]
+    yield "weights", np.concatenate([part.weights for part in parts])[order].view(np.uint32)
+    for name in parts[0].state:
+        yield f"state {name}", np.concatenate([part.state[name] for part in parts])[order].view(np.uint32)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs parts of the demo as processes of their own: so memory is measured clean, and one that is killed takes nothing
+along. Here their progress becomes bars.
+
+Ctrl-C reaches all of them: each part leaves its `with Storage(...)` blocks, and the runner waits for that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+PATIENCE_SECONDS = 60  # how long an interrupted part may take to close its storage
+
+
+@dataclass
+class Job:
+    """A part to run: its name, what the bar is called, and the part's own options."""
+
+    part: str
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+    kill_at: int | None = None  # after this many steps the process is killed with SIGKILL, and has no result
+
+
+class Runner:
+    """Starts parts and shows how far they are."""
+
+    def __init__(self, directory: Path, quick: bool) -> None:
+        self._directory = directory
+        self._quick = quick
+
+    def run(self, *jobs: Job) -> list[dict[str, Any]]:
+        """Run the jobs side by side and return their results in order. A job that fails ends the demo with
+        its message.
+        """
+        children = [_Child(self._start(job), job, place) for place, job in enumerate(jobs)]
+        try:
+            for child in children:
+                child.wait()
+        except BaseException:
+            for child in children:
+                child.stop()
+            raise
+        return [child.outcome() for child in children]
+
+    def _start(self, job: Job) -> subprocess.Popen[str]:
+        here = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+        # A thread's stack counts as private memory in full, used or not, and 8 MiB is the usual size: too much for a
+        # cap of some 200 MiB on a process with two dozen threads, ours or torch's. All parts get stacks of 1 MiB.
+        command = [
+            "/bin/sh",
+            "-c",
+            'ulimit -S -s 1024; exec "$0" "$@"',
+            sys.executable,
+            "-m",
+            "demo",
+            job.part,
+        ]
+        return subprocess.Popen(
+            [*command, self._directory, "quick" if self._quick else "full", json.dumps(job.options)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+
+class _Child:
+    def __init__(self, process: subprocess.Popen[str], job: Job, place: int) -> None:
+        self._process = process
+        self._job = job
+        self._steps = 0
+        self._result: dict[str, Any] | None = None
+        self._bar = tqdm(desc=job.label, position=place, total=1, disable=None, ncols=100, bar_format=_BAR)
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            message = json.loads(line)
+            if "total" in message:
+                self._bar.reset(total=message["total"])
+            if "tick" in message:
+                self._steps += 1
+                if message["note"]:
+                    self._bar.set_postfix_str(message["note"], refresh=False)
+                self._bar.update()
+                if self._steps == self._job.kill_at:
+                    self._process.kill()
+                    self._bar.set_postfix_str("killed with SIGKILL")
+            if "say" in message:
+                tqdm.write("  " + message["say"], file=sys.stderr)
+            if "result" in message:
+                self._result = message["result"]
+
+    def wait(self) -> None:
+        while self._thread.is_alive():
+            self._thread.join(0.2)  # a join without end would hold Ctrl-C back
+        self._process.wait()
+        self._bar.close()
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)  # which it has from the terminal, or not
+        try:
+            self._process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._bar.close()
+
+    def outcome(self) -> dict[str, Any]:
+        status = self._process.returncode
+        if self._job.kill_at is not None and status == -signal.SIGKILL:
+            return {"killed_at": self._steps}
+        if self._job.kill_at is not None or status != 0 or self._result is None:
+            raise SystemExit(f'error: the part "{self._job.label}" failed (exit status {status}); see above')
+        return self._result
+
+
+_BAR = "  {desc:<34} {percentage:3.0f}% |{bar}| {elapsed}{postfix}"
