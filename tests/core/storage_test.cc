@@ -109,14 +109,33 @@ std::vector<float> lookup(Table& table, const std::vector<uint64_t>& keys, bool 
   return out;
 }
 
+// Name, size and time of change of every file.
+std::map<std::string, std::pair<uintmax_t, fs::file_time_type>> listing_of(const fs::path& path) {
+  std::map<std::string, std::pair<uintmax_t, fs::file_time_type>> listing;
+  for (const auto& entry : fs::recursive_directory_iterator(path))
+    if (entry.is_regular_file()) listing[entry.path()] = {entry.file_size(), entry.last_write_time()};
+  return listing;
+}
+
 // The directory as a kill would leave it: every file as it is now. LOCK stays out: closing a second descriptor of it
-// here would give this process's lock away.
+// here would give this process's lock away. A kill is one moment, a copy is not: while evictions or compactions go on
+// in the background, the copy is of several moments, so it is made again until nothing changed beside it.
 void copy_as_killed(const fs::path& from, const fs::path& to) {
-  fs::create_directories(to);
-  for (const auto& entry : fs::directory_iterator(from)) {
-    if (entry.path().filename() == "LOCK") continue;
-    fs::copy(entry.path(), to / entry.path().filename(), fs::copy_options::recursive);
+  for (int attempt = 0; attempt < 200; ++attempt) {
+    try {
+      const auto before = listing_of(from);
+      fs::remove_all(to);
+      fs::create_directories(to);
+      for (const auto& entry : fs::directory_iterator(from)) {
+        if (entry.path().filename() == "LOCK") continue;
+        fs::copy(entry.path(), to / entry.path().filename(), fs::copy_options::recursive);
+      }
+      if (listing_of(from) == before) return;
+    } catch (const fs::filesystem_error&) {  // a file went away beside the copy
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
+  FAIL("the directory never came to rest");
 }
 
 std::map<std::string, std::string> files_of(const fs::path& path) {
