@@ -3,6 +3,7 @@
 
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -27,13 +28,21 @@ damo::OpenMode mode_of(const std::string& mode) {
   return damo::OpenMode::kOpenOrCreate;
 }
 
+std::optional<damo::Lifetime> lifetime_of(const std::optional<std::pair<uint32_t, uint64_t>>& ttl) {
+  if (!ttl) return std::nullopt;
+  return damo::Lifetime{static_cast<damo::AgeUnit>(ttl->first), ttl->second};
+}
+
 std::unique_ptr<Storage> open_storage(const std::string& path, const std::string& mode, uint64_t memory_bytes,
-                                      const std::string& durability, uint64_t threads, uint64_t log_bytes) {
+                                      const std::string& durability, uint64_t threads, uint64_t log_bytes,
+                                      std::optional<std::pair<uint32_t, uint64_t>> ttl, uint64_t disk_bytes) {
   damo::StorageOptions options;
   options.memory_bytes = memory_bytes;
   options.durability = durability == "durable" ? damo::Durability::kDurable : damo::Durability::kLogged;
   options.threads = threads;
   options.log_bytes = log_bytes;
+  options.lifetime = lifetime_of(ttl);
+  options.disk_bytes = disk_bytes;
   const nb::gil_scoped_release released;
   return Storage::open(path, options, mode_of(mode));
 }
@@ -41,7 +50,7 @@ std::unique_ptr<Storage> open_storage(const std::string& path, const std::string
 Table& open_table(Storage& storage, std::optional<uint32_t> group, const std::string& name, uint32_t dimension,
                   const std::string& optimizer, const std::map<std::string, double>& optimizer_settings,
                   const std::string& initializer, const std::map<std::string, double>& initializer_settings,
-                  uint64_t seed) {
+                  uint64_t seed, std::optional<std::pair<uint32_t, uint64_t>> ttl) {
   damo::TableSpec spec;
   spec.group = group.value_or(damo::kNumGroups);
   spec.name = name;
@@ -52,7 +61,7 @@ Table& open_table(Storage& storage, std::optional<uint32_t> group, const std::st
   spec.initializer_settings = {initializer_settings.begin(), initializer_settings.end()};
   spec.seed = seed;
   const nb::gil_scoped_release released;
-  return storage.table(std::move(spec));
+  return storage.table(std::move(spec), lifetime_of(ttl));
 }
 
 nb::dict stats_of(const Storage& storage) {
@@ -72,6 +81,7 @@ nb::dict stats_of(const Storage& storage) {
     entry["rows"] = group.rows;
     entry["step"] = group.step;
     entry["row_bytes"] = group.row_bytes;
+    entry["ttl"] = nb::make_tuple(static_cast<uint32_t>(group.lifetime.unit), group.lifetime.ttl);
     groups.append(entry);
     rows += group.rows;
   }
@@ -101,6 +111,8 @@ nb::dict stats_of(const Storage& storage) {
   out["sequence"] = stats.sequence;
   out["synced_sequence"] = stats.synced_sequence;
   out["redone_records"] = stats.redone_records;
+  out["clock_held_seconds"] = stats.clock_held_seconds;
+  out["forgotten"] = stats.forgotten;
   out["groups"] = groups;
   return out;
 }
@@ -120,11 +132,12 @@ void bind_storage(nb::module_& m) {
 
   nb::class_<Storage>(m, "Storage", "One directory, its groups, its log, its rows.")
       .def_static("open", &open_storage, "path"_a, "mode"_a, "memory_bytes"_a, "durability"_a, "threads"_a,
-                  "log_bytes"_a)
+                  "log_bytes"_a, "ttl"_a.none(), "disk_bytes"_a)
       .def_prop_ro("path", [](const Storage& storage) { return storage.path().string(); })
       .def_prop_ro("closed", &Storage::closed)
       .def("table", &open_table, "group"_a.none(), "name"_a, "dimension"_a, "optimizer"_a, "optimizer_settings"_a,
-           "initializer"_a, "initializer_settings"_a, "seed"_a, nb::rv_policy::reference_internal)
+           "initializer"_a, "initializer_settings"_a, "seed"_a, "ttl"_a.none() = nb::none(),
+           nb::rv_policy::reference_internal)
       .def(
           "forward_many",
           [](Storage&, const nb::list& items, bool insert, bool zeros) {
@@ -214,6 +227,10 @@ void bind_storage(nb::module_& m) {
           "path"_a, "group"_a.none(), "min_count"_a, "updated_since"_a.none())
       .def_prop_rw("now", &Storage::now, &Storage::set_now, nb::for_getter(nb::call_guard<nb::gil_scoped_release>()),
                    nb::for_setter(nb::call_guard<nb::gil_scoped_release>()))
+      .def_prop_ro("clock_held_seconds", &Storage::clock_held_seconds)
+      .def("expire", &Storage::expire, "now"_a.none(), nb::call_guard<nb::gil_scoped_release>())
+      .def("compact", &Storage::compact, nb::call_guard<nb::gil_scoped_release>())
+      .def("drop_group", &Storage::drop_group, "group"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &stats_of, nb::sig("def stats(self) -> dict[str, typing.Any]"))
       .def("close", &Storage::close, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -2,6 +2,7 @@
 #include "table.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -88,8 +89,13 @@ void bind_table(nb::module_& m) {
       .def_prop_ro("dimension", [](const Table& table) { return table.spec().dimension; })
       .def_prop_ro("seed", [](const Table& table) { return table.spec().seed; })
       .def_prop_ro("step", &Table::step)
+      .def_prop_ro("num_floats", &Table::num_floats)
+      .def_prop_ro("ttl",
+                   [](const Table& table) {
+                     return std::pair(static_cast<uint32_t>(table.spec().lifetime.unit), table.spec().lifetime.ttl);
+                   })
       .def_prop_rw("lr", &Table::lr, &Table::set_lr)
-      .def("__len__", &Table::size)
+      .def("__len__", &Table::size, nb::call_guard<nb::gil_scoped_release>())
       .def("forward", &forward, "keys"_a.noconvert(), "out"_a.noconvert(), "insert"_a, "zeros"_a,
            "padding"_a.none() = nb::none(),
            nb::sig("def forward(self, keys: object, out: object, insert: bool, zeros: bool, padding: int | None = "
@@ -141,6 +147,20 @@ void bind_table(nb::module_& m) {
             return table.erase(span);
           },
           "keys"_a.noconvert(), nb::sig("def erase(self, keys: object) -> int"))
+      .def(
+          "import_rows",
+          [](Table& table, const AnyKeys& keys, const Counts& update_counts, const Rows& floats) {
+            const auto span = keys_of("import_rows", keys);
+            if (update_counts.shape(0) != span.size() || floats.shape(0) != span.size() ||
+                floats.shape(1) != table.num_floats())
+              throw std::invalid_argument("[import_rows] the arrays' shapes do not fit");
+            const std::span<const uint32_t> counts(update_counts.data(), span.size());
+            const float* from = floats.data();
+            const nb::gil_scoped_release released;
+            table.import_rows(span, counts, from);
+          },
+          "keys"_a.noconvert(), "update_counts"_a.noconvert(), "floats"_a.noconvert(),
+          nb::sig("def import_rows(self, keys: object, update_counts: object, floats: object) -> None"))
       .def(
           "contains",
           [](const Table& table, const AnyKeys& keys, const OutBools& out) {

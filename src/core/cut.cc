@@ -68,7 +68,7 @@ void Storage::cut(const std::function<void(const CutInfo&)>& closed) {
   std::unique_lock order(order_, std::defer_lock);
   std::lock(write, order);
   const auto stopped = std::chrono::steady_clock::now();
-  const CutInfo info{counters(), manifest_};
+  const CutInfo info{counters(), manifest_, read_clock()};
   if (!log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
   tiers_->note_cut_pause(std::chrono::steady_clock::now() - stopped);
   tiers_->cut(std::move(write), std::move(order), info.counters.sequence, [&] {
@@ -209,11 +209,13 @@ uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
     if (conditions.group && *conditions.group != spec.group) continue;
     const TableShape shape(spec);
     dimensions[spec.group] = static_cast<int32_t>(spec.dimension);
+    const Expiry expiry = info.expiry(spec);
     std::vector<float> weights(spec.dimension);
     const auto iterator = rows->scan(StoredKey::make(spec.table_id, 0), StoredKey::make(spec.table_id + 1, 0));
     while (iterator->next()) {
       const StoredKey key = iterator->key();
       const DecodedRow row = decode_row(key, iterator->value(), shape.num_floats());
+      if (!expiry.alive(row.header.time, row.header.step)) continue;
       if (row.header.update_count < conditions.min_count) continue;
       if (conditions.updated_since && row.header.time < *conditions.updated_since) continue;
       if (row.header.has_floats)

@@ -135,6 +135,16 @@ DecodedRow decode_row(const StoredKey& key, Bytes value, size_t num_floats) {
   return row;
 }
 
+std::optional<RowHeader> peek_row(const StoredKey& key, Bytes value) noexcept {
+  if (value.size() < kRowHeaderBytes) return std::nullopt;
+  const size_t floats = (value.size() - kRowHeaderBytes) / sizeof(float);
+  try {
+    return decode_row(key, value, floats).header;
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
+}
+
 // ------------------------------------------------------- log record bodies
 
 namespace {
@@ -153,6 +163,31 @@ Bytes take_array(ByteReader& body, uint64_t count, uint64_t item_bytes) {
   return body.take(static_cast<size_t>(count * item_bytes));
 }
 
+AgeUnit get_unit(ByteReader& body) {
+  const auto unit = body.get<uint32_t>();
+  if (unit > static_cast<uint32_t>(AgeUnit::kSteps)) body.corrupt("ages of unit " + std::to_string(unit));
+  return static_cast<AgeUnit>(unit);
+}
+
+void put_changes(ByteWriter& writer, const AgeChanges& changes) {
+  writer.put(static_cast<uint64_t>(changes.size()));
+  for (const auto& [bucket, change] : changes) {
+    writer.put(bucket);
+    writer.put(change);
+  }
+}
+
+AgeChanges get_changes(ByteReader& body) {
+  const auto count = body.get<uint64_t>();
+  if (count > body.remaining() / 16) body.corrupt(std::to_string(count) + " changes of ages do not fit");
+  AgeChanges changes(static_cast<size_t>(count));
+  for (auto& [bucket, change] : changes) {
+    bucket = body.get<int64_t>();
+    change = body.get<int64_t>();
+  }
+  return changes;
+}
+
 }  // namespace
 
 std::string encode_apply_prefix(const ApplyRecord& record) {
@@ -164,11 +199,12 @@ std::string encode_apply_prefix(const ApplyRecord& record) {
   writer.put(record.dimension);
   writer.put(record.group_step);
   writer.put(record.time);
-  writer.put(record.num_new);
+  writer.put(record.ages.alive_since);
   writer.put(static_cast<uint64_t>(record.keys.size()));
   writer.put(record.numbers.count);
-  writer.put(uint32_t{0});
+  writer.put(record.ages.unit);
   for (uint32_t i = 0; i < record.numbers.count; ++i) writer.put(record.numbers.value[i]);
+  put_changes(writer, record.ages.changes);
   return out;
 }
 
@@ -180,16 +216,16 @@ ApplyRecord decode_apply(ByteReader& body, std::vector<uint64_t>& key_storage) {
   record.dimension = body.get<uint32_t>();
   record.group_step = body.get<uint64_t>();
   record.time = body.get<int64_t>();
-  record.num_new = body.get<uint64_t>();
+  record.ages.alive_since = body.get<int64_t>();
   const auto num_keys = body.get<uint64_t>();
   record.numbers.count = body.get<uint32_t>();
-  body.get<uint32_t>();
+  record.ages.unit = get_unit(body);
   if (record.numbers.count > StepNumbers::kMax)
     body.corrupt(std::to_string(record.numbers.count) + " optimizer numbers, at most " +
                  std::to_string(StepNumbers::kMax));
   for (uint32_t i = 0; i < record.numbers.count; ++i) record.numbers.value[i] = body.get<double>();
   if (record.dimension == 0) body.corrupt("an update of dimension 0");
-  if (record.num_new > num_keys) body.corrupt("more new keys than keys");
+  record.ages.changes = get_changes(body);
   record.keys = aligned_keys(take_array(body, num_keys, sizeof(uint64_t)), num_keys, key_storage);
   record.gradients = take_array(body, num_keys, uint64_t{record.dimension} * sizeof(float));
   body.expect_end();
@@ -200,19 +236,67 @@ std::string encode_keys_prefix(const KeysRecord& record) {
   std::string out;
   ByteWriter writer(out);
   writer.put(record.table_id);
-  writer.put(uint32_t{0});
+  writer.put(record.ages.unit);
   writer.put(record.time);
+  writer.put(record.ages.alive_since);
   writer.put(static_cast<uint64_t>(record.keys.size()));
+  put_changes(writer, record.ages.changes);
   return out;
 }
 
 KeysRecord decode_keys(ByteReader& body, std::vector<uint64_t>& key_storage) {
   KeysRecord record;
   record.table_id = body.get<uint32_t>();
-  body.get<uint32_t>();
+  record.ages.unit = get_unit(body);
   record.time = body.get<int64_t>();
+  record.ages.alive_since = body.get<int64_t>();
   const auto num_keys = body.get<uint64_t>();
+  record.ages.changes = get_changes(body);
   record.keys = aligned_keys(take_array(body, num_keys, sizeof(uint64_t)), num_keys, key_storage);
+  body.expect_end();
+  return record;
+}
+
+std::string encode_import_prefix(const ImportRecord& record) {
+  std::string out;
+  ByteWriter writer(out);
+  writer.put(record.table_id);
+  writer.put(record.ages.unit);
+  writer.put(record.time);
+  writer.put(record.ages.alive_since);
+  writer.put(static_cast<uint64_t>(record.keys.size()));
+  writer.put(record.num_floats);
+  writer.put(uint32_t{0});
+  put_changes(writer, record.ages.changes);
+  return out;
+}
+
+ImportRecord decode_import(ByteReader& body, std::vector<uint64_t>& key_storage) {
+  ImportRecord record;
+  record.table_id = body.get<uint32_t>();
+  record.ages.unit = get_unit(body);
+  record.time = body.get<int64_t>();
+  record.ages.alive_since = body.get<int64_t>();
+  const auto num_keys = body.get<uint64_t>();
+  record.num_floats = body.get<uint32_t>();
+  body.get<uint32_t>();
+  record.ages.changes = get_changes(body);
+  if (record.num_floats == 0) body.corrupt("rows without floats");
+  record.keys = aligned_keys(take_array(body, num_keys, sizeof(uint64_t)), num_keys, key_storage);
+  record.update_counts = take_array(body, num_keys, sizeof(uint32_t));
+  record.floats = take_array(body, num_keys, uint64_t{record.num_floats} * sizeof(float));
+  body.expect_end();
+  return record;
+}
+
+std::string encode_expire(const ExpireRecord& record) {
+  std::string out;
+  ByteWriter(out).put(record.time);
+  return out;
+}
+
+ExpireRecord decode_expire(ByteReader& body) {
+  const ExpireRecord record{body.get<int64_t>()};
   body.expect_end();
   return record;
 }
@@ -242,9 +326,14 @@ std::string encode_counters(const StorageCounters& counters) {
   writer.put(counters.clock);
   for (const TableCounters& table : counters.tables) {
     writer.put(table.table_id);
-    writer.put(uint32_t{0});
-    writer.put(table.rows);
+    writer.put(table.lifetime.unit);
+    writer.put(table.lifetime.ttl);
     writer.put(table.group_step);
+    writer.put(static_cast<uint64_t>(table.rows.buckets().size()));
+    for (const auto& [bucket, rows] : table.rows.buckets()) {
+      writer.put(bucket);
+      writer.put(rows);
+    }
   }
   writer.put(static_cast<uint8_t>(counters.last_commit.has_value()));
   if (counters.last_commit) {
@@ -262,14 +351,20 @@ StorageCounters decode_counters(Bytes bytes, const std::string& source) {
   const auto num_tables = reader.get<uint32_t>();
   counters.sequence = reader.get<uint64_t>();
   counters.clock = reader.get<int64_t>();
-  if (num_tables > reader.remaining() / 24) reader.corrupt(std::to_string(num_tables) + " tables do not fit");
+  if (num_tables > reader.remaining() / 32) reader.corrupt(std::to_string(num_tables) + " tables do not fit");
   for (uint32_t i = 0; i < num_tables; ++i) {
     TableCounters table;
     table.table_id = reader.get<uint32_t>();
-    reader.get<uint32_t>();
-    table.rows = reader.get<uint64_t>();
+    table.lifetime.unit = get_unit(reader);
+    table.lifetime.ttl = reader.get<uint64_t>();
     table.group_step = reader.get<uint64_t>();
-    counters.tables.push_back(table);
+    const auto buckets = reader.get<uint64_t>();
+    if (buckets > reader.remaining() / 16) reader.corrupt(std::to_string(buckets) + " ages do not fit");
+    for (uint64_t b = 0; b < buckets; ++b) {
+      const auto bucket = reader.get<int64_t>();
+      table.rows.add(bucket, reader.get<uint64_t>());
+    }
+    counters.tables.push_back(std::move(table));
   }
   if (reader.get<uint8_t>() != 0) {
     CommitRecord commit;

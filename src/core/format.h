@@ -18,6 +18,8 @@
 #include <string_view>
 #include <vector>
 
+#include "lifetime.h"
+
 namespace damo {
 
 using Bytes = std::span<const std::byte>;
@@ -146,6 +148,8 @@ struct DecodedRow {
   Bytes floats;  // empty, or exactly num_floats * 4 bytes
 };
 DecodedRow decode_row(const StoredKey& key, Bytes value, size_t num_floats);
+// The header of a row of any size; nothing when the row is damaged.
+std::optional<RowHeader> peek_row(const StoredKey& key, Bytes value) noexcept;
 
 // ------------------------------------------------------- log record bodies
 
@@ -154,8 +158,10 @@ enum class RecordType : uint8_t {
   kApply = 1,
   kInsert = 2,
   kErase = 3,
-  // Reserved for what later versions log: 4 count, 5 expire, 6 drop group,
-  // 7 import, 8 max-norm, 9 catch-up, 10 filter.
+  kExpire = 5,
+  kImport = 7,
+  // Reserved for what later versions log: 4 count, 6 drop group, 8 max-norm,
+  // 9 catch-up, 10 filter.
   kCommit = 11,
 };
 
@@ -167,6 +173,14 @@ struct StepNumbers {
   std::array<double, kMax> value{};
 };
 
+// What an operation took for expired, and what it did to its group's number of
+// rows of each age: redo needs neither the clock nor the rows for that.
+struct AgeEffect {
+  AgeUnit unit = AgeUnit::kNone;
+  int64_t alive_since = kBeforeAllTime;
+  AgeChanges changes;  // each bucket once
+};
+
 struct ApplyRecord {
   uint32_t table_id = 0;
   uint32_t optimizer_id = 0;
@@ -175,7 +189,7 @@ struct ApplyRecord {
   uint64_t group_step = 0;  // after this update
   int64_t time = 0;
   StepNumbers numbers;
-  uint64_t num_new = 0;            // keys that had no row before
+  AgeEffect ages;
   std::span<const uint64_t> keys;  // distinct, in order of appearance
   Bytes gradients;                 // float32 [keys, dimension], summed
 };
@@ -188,10 +202,32 @@ ApplyRecord decode_apply(ByteReader& body, std::vector<uint64_t>& key_storage);
 struct KeysRecord {  // insert and erase
   uint32_t table_id = 0;
   int64_t time = 0;
+  AgeEffect ages;
   std::span<const uint64_t> keys;
 };
 std::string encode_keys_prefix(const KeysRecord& record);
 KeysRecord decode_keys(ByteReader& body, std::vector<uint64_t>& key_storage);
+
+// Rows given by the user, whole.
+struct ImportRecord {
+  uint32_t table_id = 0;
+  uint32_t num_floats = 0;  // weights and state of a row
+  int64_t time = 0;
+  AgeEffect ages;
+  std::span<const uint64_t> keys;  // distinct
+  Bytes update_counts;             // u32 [keys]
+  Bytes floats;                    // float32 [keys, num_floats]
+};
+// The record's bytes before the keys; update counts and floats follow them.
+std::string encode_import_prefix(const ImportRecord& record);
+ImportRecord decode_import(ByteReader& body, std::vector<uint64_t>& key_storage);
+
+// The clock was set, and what is expired by it is confirmed.
+struct ExpireRecord {
+  int64_t time = 0;
+};
+std::string encode_expire(const ExpireRecord& record);
+ExpireRecord decode_expire(ByteReader& body);
 
 struct CommitRecord {
   int64_t step = 0;
@@ -205,8 +241,9 @@ CommitRecord decode_commit(ByteReader& body);
 // cut anywhere without losing a count.
 struct TableCounters {
   uint32_t table_id = 0;
-  uint64_t rows = 0;
   uint64_t group_step = 0;
+  Lifetime lifetime;  // what the buckets are buckets of
+  AgeCounts rows;
 };
 struct StorageCounters {
   uint64_t sequence = 0;

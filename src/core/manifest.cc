@@ -44,6 +44,19 @@ std::string seal(std::string_view magic, const std::string& body) {
   return out;
 }
 
+void put_lifetime(ByteWriter& writer, const Lifetime& lifetime) {
+  writer.put(lifetime.unit);
+  writer.put(lifetime.ttl);
+}
+
+Lifetime get_lifetime(ByteReader& reader) {
+  const auto unit = reader.get<uint32_t>();
+  const auto ttl = reader.get<uint64_t>();
+  if (unit > static_cast<uint32_t>(AgeUnit::kSteps) || ttl > kMaxTtl || (unit == 0) != (ttl == 0))
+    reader.corrupt("a ttl of " + std::to_string(ttl) + " in unit " + std::to_string(unit));
+  return {static_cast<AgeUnit>(unit), ttl};
+}
+
 ByteReader unseal(std::string_view magic, Bytes bytes, const std::string& source) {
   ByteReader reader(bytes, source);
   if (bytes.size() < magic.size() + 12) reader.corrupt(std::to_string(bytes.size()) + " bytes are too few");
@@ -68,6 +81,7 @@ std::string encode_manifest(const Manifest& manifest) {
   ByteWriter writer(body);
   writer.put_bytes(manifest.storage_id.data(), 16);
   writer.put(manifest.next_table_id);
+  put_lifetime(writer, manifest.lifetime);
   writer.put(static_cast<uint32_t>(manifest.tables.size()));
   for (const TableSpec& table : manifest.tables) {
     writer.put(table.group);
@@ -86,6 +100,8 @@ std::string encode_manifest(const Manifest& manifest) {
     put_settings(writer, table.initializer_settings);
     writer.put(table.seed);
     writer.put(table.stream);
+    put_lifetime(writer, table.lifetime);
+    writer.put(static_cast<uint8_t>(table.own_lifetime));
   }
   return seal(kManifestMagic, body);
 }
@@ -95,6 +111,7 @@ Manifest decode_manifest(Bytes bytes, const std::string& source) {
   Manifest manifest;
   get_id(reader, manifest.storage_id);
   manifest.next_table_id = reader.get<uint32_t>();
+  manifest.lifetime = get_lifetime(reader);
   const auto num_tables = reader.get<uint32_t>();
   if (num_tables > kNumGroups) reader.corrupt(std::to_string(num_tables) + " groups");
   for (uint32_t i = 0; i < num_tables; ++i) {
@@ -118,6 +135,8 @@ Manifest decode_manifest(Bytes bytes, const std::string& source) {
     table.initializer_settings = get_settings(reader);
     table.seed = reader.get<uint64_t>();
     table.stream = reader.get<uint64_t>();
+    table.lifetime = get_lifetime(reader);
+    table.own_lifetime = reader.get<uint8_t>() != 0;
     if (table.group >= kNumGroups || table.dimension < 1 || table.dimension > kMaxDimension ||
         table.table_id >= manifest.next_table_id)
       reader.corrupt("the settings of group " + std::to_string(table.group) + " are out of range");

@@ -19,6 +19,7 @@ namespace damo {
 struct Manifest {
   std::array<std::byte, 16> storage_id{};
   uint32_t next_table_id = 1;
+  Lifetime lifetime;              // of the groups that were given none
   std::vector<TableSpec> tables;  // in order of group
 };
 

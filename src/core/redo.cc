@@ -13,28 +13,43 @@ void Storage::redo(const LogRecord& record) {
   redo_sequence_ = record.sequence;
   ByteReader body(record.body, record.source, record.offset);
   std::vector<uint64_t> keys;
+  // None for a table that was dropped since: the manifest knows it no more.
   const auto table_of = [&](uint32_t table_id) {
     Table* table = table_by_id(table_id);
-    if (table == nullptr)
-      body.corrupt("it names table " + std::to_string(table_id) + ", which the manifest does not know");
+    if (table == nullptr && table_id >= next_table_id_)
+      body.corrupt("it names table " + std::to_string(table_id) + ", which the manifest has never known");
     return table;
   };
   switch (record.type) {
     case RecordType::kApply: {
       const ApplyRecord apply = decode_apply(body, keys);
-      clock_ = std::max(clock_, apply.time);
-      return table_of(apply.table_id)->redo_apply(record.sequence, apply, record.source, record.offset);
+      clock_ = std::max(clock_.load(), apply.time);
+      if (Table* table = table_of(apply.table_id))
+        table->redo_apply(record.sequence, apply, record.source, record.offset);
+      return;
     }
     case RecordType::kInsert: {
       const KeysRecord insert = decode_keys(body, keys);
-      clock_ = std::max(clock_, insert.time);
-      return table_of(insert.table_id)->redo_insert(record.sequence, insert);
+      clock_ = std::max(clock_.load(), insert.time);
+      if (Table* table = table_of(insert.table_id)) table->redo_insert(record.sequence, insert);
+      return;
     }
     case RecordType::kErase: {
       const KeysRecord erase = decode_keys(body, keys);
-      clock_ = std::max(clock_, erase.time);
-      return table_of(erase.table_id)->redo_erase(record.sequence, erase);
+      clock_ = std::max(clock_.load(), erase.time);
+      if (Table* table = table_of(erase.table_id)) table->redo_erase(record.sequence, erase);
+      return;
     }
+    case RecordType::kImport: {
+      const ImportRecord import = decode_import(body, keys);
+      clock_ = std::max(clock_.load(), import.time);
+      if (Table* table = table_of(import.table_id))
+        table->redo_import(record.sequence, import, record.source, record.offset);
+      return;
+    }
+    case RecordType::kExpire:
+      clock_ = std::max(clock_.load(), decode_expire(body).time);
+      return;
     case RecordType::kCommit:
       last_commit_ = decode_commit(body);
       return;

@@ -16,10 +16,11 @@ struct HotRow {
   static constexpr uint8_t kErased = 2;   // a tombstone: the key has no row, the cold tier may still have one
   static constexpr uint8_t kPending = 4;  // its owner is still filling it; not in the index
   static constexpr uint8_t kSaved = 8;    // already copied by the open cut
+  static constexpr uint8_t kFloats = 16;  // updated or imported: its floats are stored; else they are the first ones
 
   uint64_t mixed;     // mix_key(key)
   uint64_t sequence;  // of the last operation applied
-  int64_t time;
+  int64_t time;       // of the last update, of creation before the first; so is the step
   uint32_t table_id;
   uint32_t update_count;
   uint32_t step;

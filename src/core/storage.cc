@@ -18,6 +18,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kMaxQueuedPrefetches = 4;
+constexpr std::chrono::milliseconds kLookAgain{100};
 
 // The budget, divided. What is left for rows and their index is the rest.
 struct Budget {
@@ -62,7 +63,7 @@ std::unique_lock<std::mutex> Storage::begin_operation() {
   {
     std::unique_lock lock(background_mutex_);
     // The log is cut in the background; twice its bound is where operations wait for that.
-    log_shrunk_.wait(lock, [this] { return !log_full_ || stop_; });
+    while (!stop_ && (log_full_ || waits_for_disk())) log_shrunk_.wait_for(lock, kLookAgain);
   }
   std::unique_lock order(order_);
   check_writable();
@@ -85,18 +86,13 @@ void Storage::after_operation(uint64_t sequence) {
   if (options_.durability == Durability::kDurable && sequence != 0) log_->sync_to(sequence);
 }
 
-int64_t Storage::tick() {
-  clock_ = std::max(clock_, given_now_ ? *given_now_ : static_cast<int64_t>(std::time(nullptr)));
-  return clock_;
-}
-
 StorageCounters Storage::counters() const {
   StorageCounters counters;
   counters.sequence = log_ ? log_->last_sequence() : redo_sequence_;
   counters.clock = clock_;
   counters.last_commit = last_commit_;
   for (const auto& table : tables_)
-    if (table) counters.tables.push_back({table->spec().table_id, table->size(), table->step()});
+    if (table) counters.tables.push_back(table->counters());
   return counters;
 }
 
@@ -166,6 +162,7 @@ void Storage::open_generation(const fs::path& generation) {
         return table != nullptr ? &table->shape() : nullptr;
       });
 
+  next_table_id_ = manifest_.next_table_id;
   for (const TableSpec& spec : manifest_.tables) {
     try {
       tables_[spec.group] = std::make_unique<Table>(*this, spec);
@@ -183,6 +180,9 @@ void Storage::open_generation(const fs::path& generation) {
     log_limit_ = std::max<uint64_t>({size_t{1} << 30, 4 * options_.memory_bytes});
     log_limit_ = std::max<uint64_t>(std::min<uint64_t>(log_limit_, space.available / 8), size_t{64} << 20);
   }
+  // The log is cut at its limit and may reach twice that.
+  if (options_.disk_bytes != 0)
+    log_limit_ = std::min(log_limit_, std::max<uint64_t>(options_.disk_bytes / 16, 1 << 20));
   const LogOptions log_options{
       .directory = log_directory,
       .storage_id = manifest_.storage_id,
@@ -202,14 +202,16 @@ void Storage::open_generation(const fs::path& generation) {
         for (const TableCounters& table : counters.tables) {
           Table* known = table_by_id(table.table_id);
           if (known == nullptr) continue;
-          known->rows_ = table.rows;
-          known->step_ = table.group_step;
+          known->set_counters(table);
         }
+        let_expire(counters);
       },
       [&](const LogRecord& record) { redo(record); });
+  settle_lifetimes();
   directory_->remove_stale_generations();
   maintenance_ = start_quiet_thread([this] { maintenance_loop(); });
   prefetcher_ = start_quiet_thread([this] { prefetch_loop(); });
+  if (options_.disk_bytes != 0) disk_keeper_ = start_quiet_thread([this] { disk_loop(); });
 }
 
 Storage::~Storage() {
@@ -217,6 +219,7 @@ Storage::~Storage() {
     // A forked child: the threads do not exist here, and neither the files nor the memory are ours to touch.
     maintenance_.detach();
     prefetcher_.detach();
+    if (disk_keeper_.joinable()) disk_keeper_.detach();
     (void)tiers_.release();
     (void)log_.release();
     (void)store_.release();
@@ -236,11 +239,13 @@ void Storage::stop_threads() noexcept {
   {
     const std::lock_guard lock(background_mutex_);
     stop_ = true;
+    stopping_ = true;
   }
   background_wake_.notify_all();
   log_shrunk_.notify_all();
   if (maintenance_.joinable()) maintenance_.join();
   if (prefetcher_.joinable()) prefetcher_.join();
+  if (disk_keeper_.joinable()) disk_keeper_.join();
 }
 
 void Storage::close() {
@@ -287,9 +292,10 @@ Table* Storage::table_by_id(uint32_t table_id) const {
   return found != tables_by_id_.end() ? found->second : nullptr;
 }
 
-Table& Storage::table(TableSpec wanted) {
+Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime) {
   const Use use(*this, "embedding");
-  const std::unique_lock order(order_);
+  const std::lock_guard opening(opening_);
+  std::unique_lock order(order_);
   if (!wanted.name.empty()) {
     // A name takes the highest free number: clear of the low ones that people give themselves.
     uint32_t free = kNumGroups;
@@ -325,15 +331,24 @@ Table& Storage::table(TableSpec wanted) {
       const std::lock_guard structure(tiers_->structure());
       known.adopt(wanted);
     }
+    if (lifetime && known.in_use_ && (!known.spec().own_lifetime || *lifetime != known.spec().lifetime))
+      throw SchemaMismatchError("[embedding] " + known.spec().label() +
+                                " is open with another ttl: use an equal one, or leave it out");
     known.in_use_ = true;
     for (TableSpec& spec : manifest_.tables) {
       if (spec.group != wanted.group || spec.optimizer_settings == known.spec().optimizer_settings) continue;
       spec.optimizer_settings = known.spec().optimizer_settings;
       save_manifest();
     }
+    if (lifetime && (*lifetime != known.spec().lifetime || !known.spec().own_lifetime)) {
+      order.unlock();
+      change_lifetime(known, *lifetime, true);
+    }
     return known;
   }
   check_writable();
+  wanted.lifetime = lifetime.value_or(manifest_.lifetime);
+  wanted.own_lifetime = lifetime.has_value();
   wanted.table_id = manifest_.next_table_id;
   auto table = std::make_unique<Table>(*this, wanted);
   const Manifest before = manifest_;
@@ -348,10 +363,42 @@ Table& Storage::table(TableSpec wanted) {
     throw;
   }
   const std::lock_guard structure(tiers_->structure());
+  next_table_id_ = manifest_.next_table_id;
   tables_by_id_[wanted.table_id] = table.get();
   tables_[wanted.group] = std::move(table);
   tables_[wanted.group]->in_use_ = true;
+  note_lifetimes();
   return *tables_[wanted.group];
+}
+
+void Storage::drop_group(uint32_t group) {
+  const Use use(*this, "drop_group");
+  const std::lock_guard opening(opening_);
+  // No cut is open while the write lock is held, so no row of the group has to be kept for one.
+  std::unique_lock write(tiers_->write_mutex(), std::defer_lock);
+  std::unique_lock order(order_, std::defer_lock);
+  std::lock(write, order);
+  check_writable();
+  if (group >= kNumGroups || !tables_[group])
+    throw std::invalid_argument("[drop_group] there is no group " + std::to_string(group) + " in " + path_.string());
+  const uint32_t table_id = tables_[group]->spec().table_id;
+  const Manifest before = manifest_;
+  std::erase_if(manifest_.tables, [&](const TableSpec& spec) { return spec.table_id == table_id; });
+  try {
+    // Redo passes over records of a table that the manifest does not know any more.
+    save_manifest();
+  } catch (...) {
+    manifest_ = before;
+    throw;
+  }
+  tables_[group]->dropped_ = true;
+  {
+    const std::lock_guard structure(tiers_->structure());
+    tables_by_id_.erase(table_id);
+  }
+  tiers_->discard(table_id);
+  dropped_.push_back(std::move(tables_[group]));
+  note_lifetimes();
 }
 
 void Storage::save_manifest() { write_file_atomically(generation_ / "MANIFEST", encode_manifest(manifest_)); }
@@ -386,20 +433,6 @@ std::optional<CommitRecord> Storage::last_commit() const {
   return last_commit_;
 }
 
-// ------------------------------------------------------------------- clock
-
-int64_t Storage::now() const {
-  const Use use(*this, "now");
-  const std::lock_guard order(order_);
-  return std::max(clock_, given_now_ ? *given_now_ : static_cast<int64_t>(std::time(nullptr)));
-}
-
-void Storage::set_now(int64_t now) {
-  const Use use(*this, "now");
-  const std::lock_guard order(order_);
-  given_now_ = std::max({now, clock_, given_now_.value_or(now)});
-}
-
 // ------------------------------------------------------------------- stats
 
 StorageStats Storage::stats() const {
@@ -411,12 +444,15 @@ StorageStats Storage::stats() const {
   stats.sequence = log_->last_sequence();
   stats.synced_sequence = log_->synced_sequence();
   stats.redone_records = redone_records_;
+  stats.clock_held_seconds = clock_held_seconds();
+  stats.forgotten = forgotten_;
   const std::lock_guard order(order_);
   for (const auto& table : tables_) {
     if (!table) continue;
     const TableSpec& spec = table->spec();
-    stats.groups.push_back({spec.group, spec.name, spec.dimension, table->size(), table->step(),
-                            StoredKey::kBytes + kRowHeaderBytes + table->shape().num_floats() * sizeof(float)});
+    stats.groups.push_back({spec.group, spec.name, spec.dimension, table->rows_at(read_clock()), table->step(),
+                            StoredKey::kBytes + kRowHeaderBytes + table->shape().num_floats() * sizeof(float),
+                            spec.lifetime});
   }
   return stats;
 }
@@ -437,11 +473,12 @@ void Storage::build_presence() {
 }
 
 uint64_t Storage::cut_log() {
-  uint64_t sequence = 0;
-  cut([&](const CutInfo& info) { sequence = info.counters.sequence; });
-  if (tiers_->presence().complete()) tiers_->presence().save(presence_file(), sequence);
-  log_->drop_through(sequence);
-  return sequence;
+  StorageCounters start;
+  cut([&](const CutInfo& info) { start = info.counters; });
+  if (tiers_->presence().complete()) tiers_->presence().save(presence_file(), start.sequence);
+  log_->drop_through(start.sequence);
+  let_expire(start);
+  return start.sequence;
 }
 
 void Storage::maintenance_loop() {
@@ -493,8 +530,10 @@ void Storage::prefetch_loop() {
     lock.unlock();
     try {
       Batch batch(keys, std::nullopt);
-      Tiers::HotRead read = tiers_->read_hot(table->shape(), batch, ShardOrder(batch, tiers_->hot()), nullptr, false);
-      tiers_->bring_in(table->shape(), batch, std::move(read.missing), nullptr);
+      const Expiry expiry = table->expiry_now();
+      Tiers::HotRead read =
+          tiers_->read_hot(table->shape(), expiry, batch, ShardOrder(batch, tiers_->hot()), nullptr, false);
+      tiers_->bring_in(table->shape(), expiry, batch, std::move(read.missing), nullptr);
     } catch (...) {
       // Only a hint: the lookup that follows meets the same error and reports it.
     }

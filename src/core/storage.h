@@ -4,6 +4,7 @@
 //
 //   storage.cc      open, groups, commit, close, the clock, the background threads
 //   redo.cc         what the log says happened, done again after a crash
+//   expiry.cc       the clock, lifetimes, what expired, dropped groups, the limit on disk
 //   cut.cc          cut, checkpoint, restore, dump
 //   table.h, .cc    one group's rows: lookup, apply_gradients, erase, scan
 //
@@ -46,12 +47,16 @@ enum class Durability {
 
 inline constexpr size_t kMinMemoryBytes = size_t{16} << 20;
 inline constexpr size_t kMaxExtraBytes = size_t{16} << 20;  // of a commit or checkpoint
+// A clock further ahead of the last operation is not believed until expire() confirms it.
+inline constexpr int64_t kMaxClockStep = int64_t{366} * 86'400;
 
 struct StorageOptions {
   size_t memory_bytes = size_t{1} << 30;
   Durability durability = Durability::kLogged;
-  size_t threads = 0;      // 0: one per core
-  uint64_t log_bytes = 0;  // 0: max(1 GiB, 4 x memory), at most an eighth of the free disk
+  size_t threads = 0;                  // 0: one per core
+  uint64_t log_bytes = 0;              // 0: max(1 GiB, 4 x memory), at most an eighth of the free disk
+  std::optional<Lifetime> lifetime{};  // of groups that were given none; absent: as stored
+  uint64_t disk_bytes = 0;             // what the directory may take; 0: no limit
 };
 
 struct StorageStats {
@@ -60,7 +65,9 @@ struct StorageStats {
   uint64_t log_bytes = 0;
   uint64_t sequence = 0;
   uint64_t synced_sequence = 0;
-  uint64_t redone_records = 0;  // at the last open
+  uint64_t redone_records = 0;     // at the last open
+  int64_t clock_held_seconds = 0;  // how far the clock is ahead of what is believed
+  uint64_t forgotten = 0;          // rows erased to keep within disk_bytes
   struct Group {
     uint32_t group;
     std::string name;
@@ -68,6 +75,7 @@ struct StorageStats {
     uint64_t rows;
     uint64_t step;
     uint64_t row_bytes;  // of a stored row with floats
+    Lifetime lifetime;
   };
   std::vector<Group> groups;
 };
@@ -84,7 +92,11 @@ class Storage {
 
   // Opens a group, or makes it. `wanted.group` is kNumGroups when only a name is given. The Table lives as long as the
   // storage. std::invalid_argument, SchemaMismatchError.
-  Table& table(TableSpec wanted);
+  // `lifetime`: of this group alone; absent: as stored, else the storage's.
+  Table& table(TableSpec wanted, std::optional<Lifetime> lifetime = std::nullopt);
+  // Removes a group with all its rows at once; the disk space comes back by and by. Its Table throws from now on.
+  // std::invalid_argument when there is no such group.
+  void drop_group(uint32_t group);
 
   // Syncs the log: all that returned before survives power loss. `step` and `extra` come back as last_commit().
   void commit(int64_t step, std::string extra);
@@ -100,9 +112,15 @@ class Storage {
   // Writes the serving file; returns how many rows it holds.
   uint64_t dump(const std::filesystem::path& file, const DumpConditions& conditions);
 
-  // Seconds since 1970: what was set, or else the wall clock; it never runs back.
+  // Seconds since 1970: what was set, or else the wall clock; it never runs back. While groups age by seconds, a step
+  // forward of more than kMaxClockStep is not taken before expire() confirms it.
   int64_t now() const;
-  void set_now(int64_t now);
+  void set_now(int64_t now);           // std::invalid_argument for such a step
+  int64_t clock_held_seconds() const;  // how far the clock is ahead of what is believed
+  // Takes the clock as it is, or `now`, however far ahead. Returns how many rows have expired by that.
+  uint64_t expire(std::optional<int64_t> now);
+  // Rewrites the table files without what expired, was erased, dropped or overwritten. Takes time and disk.
+  void compact();
 
   StorageStats stats() const;
   const std::filesystem::path& path() const noexcept { return path_; }
@@ -136,17 +154,32 @@ class Storage {
   // Appends a record; the order lock is held.
   uint64_t append(RecordType type, std::span<const Bytes> parts);
   void after_operation(uint64_t sequence);  // no lock held: in mode durable, waits for the sync
-  int64_t tick();                           // the order lock is held: the time of the operation
-  StorageCounters counters() const;         // the order lock is held
+  int64_t wanted_now() const;               // what the user gave, or the wall clock
+  // The time for who reads: looking does not move the clock, or a look before the user gives the time of old events
+  // would leave them in the past.
+  int64_t read_clock() const;
+  int64_t tick();                    // the order lock is held: moves the clock on, and tells it
+  StorageCounters counters() const;  // the order lock is held
 
   void open_generation(const std::filesystem::path& generation);
   void redo(const LogRecord& record);
   void save_manifest();
   Table* table_by_id(uint32_t table_id) const;
+  void settle_lifetimes();  // at open, after redo
+  void change_lifetime(Table& table, const Lifetime& lifetime, bool own);
+  bool is_too_far(int64_t from, int64_t to) const noexcept;  // a step of the clock that needs to be confirmed
+  void note_lifetimes();                                     // order lock held
+  void let_expire(const StorageCounters& log_start);         // nothing in the log is older than this
+  void keep_within_disk();
+  void disk_loop();
+  uint64_t bytes_on_disk() const;
+  bool waits_for_disk() const;  // whether this thread's operations wait for the disk keeper
 
   struct CutInfo {
     StorageCounters counters;
     Manifest manifest;
+    int64_t now;  // perhaps later than the clock in the counters, which is that of the last operation
+    Expiry expiry(const TableSpec& spec) const;  // what had expired at the cut
   };
   // One cut; `closed` runs while the cold tier is exactly the cut.
   void cut(const std::function<void(const CutInfo&)>& closed);
@@ -179,9 +212,14 @@ class Storage {
   Manifest manifest_;
   std::array<std::unique_ptr<Table>, kNumGroups> tables_;
   std::map<uint32_t, Table*> tables_by_id_;  // changed under the structure lock too
+  std::atomic<uint32_t> next_table_id_{1};   // the manifest's; changed under the structure lock too
   std::optional<CommitRecord> last_commit_;
-  int64_t clock_ = 0;
-  std::optional<int64_t> given_now_;
+  std::mutex opening_;                              // one table() or drop_group() at a time; before the order lock
+  std::vector<std::unique_ptr<Table>> dropped_;     // their owners may still call them, and get an error
+  std::atomic<int64_t> clock_{0};                   // of the last operation; 0: there was none
+  std::atomic<int64_t> given_now_{kBeforeAllTime};  // what the user set
+  std::atomic<bool> ages_by_time_{false};
+  std::atomic<uint64_t> forgotten_{0};
   uint64_t log_limit_ = 0;
   uint64_t redone_records_ = 0;
   uint64_t redo_sequence_ = 0;  // of the record being redone, while there is no log yet
@@ -198,9 +236,12 @@ class Storage {
   std::condition_variable& background_wake_ = signals_->wake;
   std::condition_variable& log_shrunk_ = signals_->log_shrunk;
   bool stop_ = false;
+  std::atomic<bool> stopping_{false};  // the same, for who holds no lock
   bool log_full_ = false;
+  std::atomic<bool> keeping_{false};         // the disk keeper is at work
+  std::atomic<uint64_t> written_before_{0};  // to the cold tier, when it began
   std::deque<std::pair<Table*, std::vector<uint64_t>>> prefetches_;
-  std::thread maintenance_, prefetcher_;
+  std::thread maintenance_, prefetcher_, disk_keeper_;
 };
 
 }  // namespace damo

@@ -14,6 +14,7 @@
 // latched: each later write throws it again; reads go on.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -97,6 +98,14 @@ class Store {
   // Hard-links (copies across file systems) a consistent copy of everything committed into `directory`, which
   // must not exist; every file and the directory are synced on return. StoreOptions{directory} opens it.
   virtual std::vector<LinkedFile> link_into(const std::filesystem::path& directory) = 0;
+  // Entries that nobody needs any more: a compaction may leave them out, whole keys at a time, and only while there is
+  // no snapshot. Called by threads of the store, perhaps several at once, until the next call or close(); must not
+  // throw.
+  using Disposable = std::function<bool(const StoredKey& key, Bytes value)>;
+  virtual void set_disposable(Disposable disposable) = 0;
+  // Rewrites everything, without what is disposable, erased or overwritten. Beside a writer; needs as much disk again
+  // as is left over. Ends early, with everything as it was, when `cancelled` (unless null) becomes true.
+  virtual void compact(std::atomic<bool>* cancelled) = 0;
   virtual StoreStats stats() const = 0;
   // Waits for or cancels background work, in bounded time; later calls throw ClosedError. Idempotent.
   virtual void close() = 0;

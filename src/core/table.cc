@@ -33,6 +33,23 @@ void check_positions(const char* operation, size_t positions) {
 
 }  // namespace
 
+TableCounters Table::counters() const {
+  const std::lock_guard lock(counts_mutex_);
+  TableCounters counters{.table_id = spec().table_id, .group_step = step_, .lifetime = spec().lifetime, .rows = {}};
+  if (counts_fit_)
+    counters.rows = counts_;
+  else
+    counters.lifetime = kUnknownLifetime;
+  return counters;
+}
+
+void Table::set_counters(const TableCounters& counters) {
+  const std::lock_guard lock(counts_mutex_);
+  step_ = counters.group_step;
+  counts_ = counters.rows;
+  counts_fit_ = counters.lifetime == spec().lifetime;
+}
+
 Table::Table(Storage& storage, TableSpec spec)
     : storage_(storage), shape_(std::move(spec)), lr_(shape_.optimizer->lr()) {}
 
@@ -40,6 +57,14 @@ void Table::adopt(const TableSpec& wanted) {
   shape_.spec.optimizer_settings = wanted.optimizer_settings;
   shape_.optimizer = make_optimizer(shape_.spec.optimizer, shape_.spec.optimizer_settings);
   lr_.store(shape_.optimizer->lr());
+}
+
+void Table::adopt(const Lifetime& lifetime, bool own, AgeCounts counts) {
+  const std::lock_guard lock(counts_mutex_);
+  shape_.spec.lifetime = lifetime;
+  shape_.spec.own_lifetime = own;
+  counts_ = std::move(counts);
+  counts_fit_ = true;
 }
 
 void Table::set_lr(double lr) { lr_.store(check_lr("lr", lr)); }
@@ -67,17 +92,19 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
                                      std::optional<uint64_t> padding) {
   check_positions("lookup", keys.size());
   const Storage::Use use(storage_, "lookup");
+  check_exists("lookup");
   Tiers& tiers = *storage_.tiers_;
   auto batch = std::make_shared<Batch>(keys, padding);
   batch->table = this;
   const size_t dimension = spec().dimension;
-  Tiers::HotRead read = tiers.read_hot(shape_, *batch, ShardOrder(*batch, tiers.hot()), out, insert);
+  const Expiry expiry = expiry_now();
+  Tiers::HotRead read = tiers.read_hot(shape_, expiry, *batch, ShardOrder(*batch, tiers.hot()), out, insert);
   if (insert) {
     if (!read.missing.empty()) {
-      Tiers::Absent absent = tiers.bring_in(shape_, *batch, std::move(read.missing), out);
+      Tiers::Absent absent = tiers.bring_in(shape_, expiry, *batch, std::move(read.missing), out);
       if (!absent.rows.empty()) create(*batch, absent.rows, absent.epoch, out);
     }
-    if (!read.erased.empty()) create(*batch, read.erased, std::nullopt, out);
+    if (!read.gone.empty()) create(*batch, read.gone, std::nullopt, out);
   } else {
     const auto first_weights = [&](uint32_t r) {
       float* to = out + batch->first[r] * dimension;
@@ -86,7 +113,7 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
       else
         shape_.first_weights(batch->mixed[r], to);
     };
-    tiers.read_through(shape_, *batch, std::move(read.missing), [&](uint32_t r, const Tiers::Seen& seen) {
+    tiers.read_through(shape_, expiry, *batch, std::move(read.missing), [&](uint32_t r, const Tiers::Seen& seen) {
       float* to = out + batch->first[r] * dimension;
       if (!seen.found)
         first_weights(r);
@@ -95,7 +122,7 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
       else
         std::memcpy(to, seen.floats.data(), dimension * sizeof(float));
     });
-    for (const uint32_t r : read.erased) first_weights(r);
+    for (const uint32_t r : read.gone) first_weights(r);
   }
   expand(*batch, out);
   // Small beside the budget: a hundredth of it for a usual batch.
@@ -113,12 +140,17 @@ void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<u
   uint64_t sequence = 0;
   for_each_chunk(rows, tiers.chunk_rows(shape_), [&](std::span<const uint32_t> chunk) {
     const std::unique_lock order = storage_.begin_operation();
-    Tiers::Prepared prepared = tiers.prepare(shape_, batch, chunk, true, absent_at);
+    check_exists("lookup");
+    const int64_t time = storage_.tick();
+    const Expiry expiry = expiry_at(time);
+    // Absent at that epoch or expired by then: time does not run back, and no step is taken back.
+    Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true, absent_at);
     if (!prepared.fresh.empty()) {
       std::vector<uint64_t> created;
       for (const uint32_t r : prepared.fresh) created.push_back(unmix_key(batch.mixed[r]));
-      const int64_t time = storage_.tick();
-      const std::string prefix = encode_keys_prefix({spec().table_id, time, created});
+      const std::vector<int64_t> marks(batch.num_rows(), kAbsent);
+      const AgeEffect ages = effect_on(prepared.fresh, marks, expiry, mark(time, step_));
+      const std::string prefix = encode_keys_prefix({spec().table_id, time, ages, created});
       try {
         const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(created))};
         sequence = storage_.append(RecordType::kInsert, parts);
@@ -126,8 +158,8 @@ void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<u
         tiers.abandon(prepared);
         throw;
       }
-      tiers.create_rows(shape_, batch, prepared, sequence, time);
-      rows_ += created.size();
+      tiers.create_rows(shape_, batch, prepared, sequence, step_, time);
+      count(ages);
     }
     for (const uint32_t r : chunk) {
       batch.hints[r] = prepared.slots[r];
@@ -164,6 +196,7 @@ void Table::apply_gradients(std::span<const Update> updates) {
   for (const Update& update : updates) {
     const Table& table = *update.table;
     const Storage::Use use(table.storage_, "apply_gradients");
+    table.check_exists("apply_gradients");
     if (update.lr) check_lr("apply_gradients", *update.lr);
     sums.push_back(table.sum(update.parts));
     const Batch& batch = *sums.back().batch;
@@ -215,24 +248,136 @@ std::pair<std::shared_ptr<Batch>, std::unique_ptr<float[]>> Table::merge(std::sp
   return {std::move(batch), std::move(sums.gradients)};
 }
 
-std::vector<uint32_t> Table::missing_rows(const Batch& batch) const {
+// --------------------------------------------------------- rows that change
+
+Expiry Table::expiry_at(int64_t now) const noexcept { return spec().lifetime.at(now, step_.load()); }
+Expiry Table::expiry_now() const { return expiry_at(storage_.read_clock()); }
+
+int64_t Table::mark(int64_t time, uint64_t step) const noexcept {
+  return spec().lifetime.unit == AgeUnit::kSteps ? static_cast<int64_t>(step) : time;
+}
+
+uint64_t Table::rows_at(int64_t now) const {
+  const std::lock_guard lock(counts_mutex_);
+  const Expiry expiry = expiry_at(now);
+  return counts_.since(expiry.unit == AgeUnit::kNone ? 0 : spec().lifetime.bucket(expiry.alive_since));
+}
+
+uint64_t Table::size() const {
+  const Storage::Use use(storage_, "len");
+  check_exists("len");
+  return rows_at(storage_.read_clock());
+}
+
+void Table::check_exists(const char* operation) const {
+  if (dropped_.load())
+    throw std::invalid_argument(std::string("[") + operation + "] " + spec().label() +
+                                " was dropped: open it again for a new, empty one");
+}
+
+std::vector<Table::Found> Table::survey(const Batch& batch, const Expiry& expiry) const {
   Tiers& tiers = *storage_.tiers_;
   Batch probe = batch;
-  Tiers::HotRead read = tiers.read_hot(shape_, probe, ShardOrder(probe, tiers.hot()), nullptr, false);
-  std::vector<uint8_t> found(batch.num_rows(), 0);
-  const std::vector<uint32_t> missing = read.missing;
-  tiers.read_through(shape_, batch, std::move(read.missing),
-                     [&](uint32_t r, const Tiers::Seen& seen) { found[r] = seen.found; });
-  std::vector<uint32_t> absent = std::move(read.erased);
-  for (const uint32_t r : missing)
-    if (found[r] == 0) absent.push_back(r);
-  return absent;
+  std::vector<Found> found(batch.num_rows(), Found{kAbsent, 0});
+  const auto note = [&](uint32_t r, int64_t time, uint32_t step, uint64_t sequence) {
+    found[r] = {expiry.mark(time, step), sequence};
+  };
+  Tiers::HotRead read =
+      tiers.read_hot(shape_, expiry, probe, ShardOrder(probe, tiers.hot()), nullptr, false,
+                     [&](uint32_t r, const HotRow& row) { note(r, row.time, row.step, row.sequence); });
+  tiers.read_through(shape_, expiry, batch, std::move(read.missing), [&](uint32_t r, const Tiers::Seen& seen) {
+    if (seen.found) note(r, seen.header.time, seen.header.step, seen.header.sequence);
+  });
+  return found;
+}
+
+AgeEffect Table::effect_on(std::span<const uint32_t> rows, std::span<const int64_t> marks, const Expiry& expiry,
+                           std::optional<int64_t> renewed) const {
+  const Lifetime& lifetime = spec().lifetime;
+  std::map<int64_t, int64_t> changes;
+  int64_t* last = nullptr;  // most rows of a batch are of few ages
+  int64_t last_bucket = 0;
+  for (const uint32_t r : rows) {
+    if (marks[r] == kAbsent) continue;
+    const int64_t bucket = lifetime.bucket(marks[r]);
+    if (last == nullptr || bucket != last_bucket) {
+      last = &changes[bucket];
+      last_bucket = bucket;
+    }
+    --*last;
+  }
+  if (renewed) changes[lifetime.bucket(*renewed)] += static_cast<int64_t>(rows.size());
+  AgeEffect effect{expiry.unit, expiry.alive_since, {}};
+  for (const auto& change : changes)
+    if (change.second != 0) effect.changes.push_back(change);
+  return effect;
+}
+
+void Table::count(const AgeEffect& effect) noexcept {
+  const std::lock_guard lock(counts_mutex_);
+  if (effect.unit != AgeUnit::kNone) counts_.forget_before(spec().lifetime.bucket(effect.alive_since));
+  // The operation is logged: nothing may fail any more. Counts that do not fit are made anew at the next open.
+  try {
+    if (!counts_.add(effect.changes)) counts_fit_ = false;
+  } catch (const std::bad_alloc&) {
+    counts_fit_ = false;
+  }
+}
+
+struct Table::Operation {
+  bool create = true;                   // rows that exist nowhere are made
+  std::function<void(AgeEffect&)> log;  // writes the record
+  std::function<void(std::span<const uint32_t> rows, const Tiers::Prepared&)> change;
+};
+
+// Brings the rows into memory, logs, then changes them. More rows than memory holds at once are logged first and
+// changed part by part: should a part fail, the storage latches, and redo completes the operation at the next open. The
+// order lock is held. `renewed`: the age mark the rows get; none when they go.
+void Table::operate(const Batch& batch, std::span<const uint32_t> rows, const Expiry& expiry,
+                    std::optional<int64_t> renewed, const Operation& operation) {
+  check_exists("change rows");  // the order lock is held: it stays
+  Tiers& tiers = *storage_.tiers_;
+  const size_t chunk = tiers.chunk_rows(shape_);
+  if (rows.size() <= chunk) {
+    Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, rows, operation.create);
+    try {
+      std::vector<int64_t> marks(batch.num_rows(), 0);
+      if (expiry.unit != AgeUnit::kNone)
+        for (const uint32_t r : rows) {
+          if (prepared.slots[r] == kNoSlot) continue;
+          const HotRow* row = tiers.hot().row(prepared.slots[r]);
+          marks[r] = expiry.mark(row->time, row->step);
+        }
+      for (const uint32_t r : prepared.fresh) marks[r] = kAbsent;
+      AgeEffect effect = effect_on(rows, marks, expiry, renewed);
+      operation.log(effect);
+      count(effect);
+    } catch (...) {
+      tiers.abandon(prepared);
+      throw;
+    }
+    operation.change(rows, prepared);
+    return;
+  }
+  std::vector<int64_t> marks;
+  for (const Found& row : survey(batch, expiry)) marks.push_back(row.mark);
+  AgeEffect effect = effect_on(rows, marks, expiry, renewed);
+  operation.log(effect);
+  count(effect);
+  try {
+    for_each_chunk(rows, chunk, [&](std::span<const uint32_t> part) {
+      const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, part, operation.create);
+      operation.change(part, prepared);
+    });
+  } catch (...) {
+    tiers.fail(std::current_exception());
+    throw;
+  }
 }
 
 void Table::apply_sums(const Batch& batch, const float* sums, std::optional<double> lr) {
   Tiers& tiers = *storage_.tiers_;
   const std::vector<uint32_t> rows = all_rows(batch);
-  const size_t chunk = tiers.chunk_rows(shape_);
   std::vector<uint64_t> keys(rows.size());
   for (const uint32_t r : rows) keys[r] = unmix_key(batch.mixed[r]);
 
@@ -245,47 +390,27 @@ void Table::apply_sums(const Batch& batch, const float* sums, std::optional<doub
     record.kernel_version = optimizer().kernel_version();
     record.dimension = spec().dimension;
     record.group_step = step_ + 1;
+    record.time = storage_.tick();
     record.numbers = optimizer().numbers(lr.value_or(lr_), record.group_step);
     record.keys = keys;
-    const auto log = [&] {
-      const std::string prefix = encode_apply_prefix(record);
-      const std::array<Bytes, 3> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(keys)),
-                                       std::as_bytes(std::span(sums, rows.size() * spec().dimension))};
-      sequence = storage_.append(RecordType::kApply, parts);
-      rows_ += record.num_new;
-      step_ = record.group_step;
-    };
-    if (rows.size() <= chunk) {
-      Tiers::Prepared prepared = tiers.prepare(shape_, batch, rows, true);
-      try {
-        record.time = storage_.tick();
-        record.num_new = prepared.fresh.size();
-        log();
-      } catch (...) {
-        tiers.abandon(prepared);
-        throw;
-      }
-      tiers.create_rows(shape_, batch, prepared, sequence, record.time);
-      tiers.apply(shape_, batch, rows, prepared, optimizer(), record.numbers, sums, sequence, record.group_step,
-                  record.time);
-    } else {
-      // More rows than memory holds at once: logged whole first, then applied part by part. Should a part fail,
-      // the storage latches, and redo completes the operation at the next open.
-      record.num_new = missing_rows(batch).size();
-      record.time = storage_.tick();
-      log();
-      try {
-        for_each_chunk(rows, chunk, [&](std::span<const uint32_t> part) {
-          Tiers::Prepared prepared = tiers.prepare(shape_, batch, part, true);
-          tiers.create_rows(shape_, batch, prepared, sequence, record.time);
-          tiers.apply(shape_, batch, part, prepared, optimizer(), record.numbers, sums, sequence, record.group_step,
-                      record.time);
-        });
-      } catch (...) {
-        tiers.fail(std::current_exception());
-        throw;
-      }
-    }
+    const Operation operation{
+        .create = true,
+        .log =
+            [&](AgeEffect& effect) {
+              record.ages = effect;
+              const std::string prefix = encode_apply_prefix(record);
+              const std::array<Bytes, 3> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(keys)),
+                                               std::as_bytes(std::span(sums, rows.size() * spec().dimension))};
+              sequence = storage_.append(RecordType::kApply, parts);
+              step_ = record.group_step;
+            },
+        .change =
+            [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
+              tiers.create_rows(shape_, batch, prepared, sequence, record.group_step, record.time);
+              tiers.apply(shape_, batch, part, prepared, optimizer(), record.numbers, sums, sequence, record.group_step,
+                          record.time);
+            }};
+    operate(batch, rows, expiry_at(record.time), mark(record.time, record.group_step), operation);
   }
   storage_.after_operation(sequence);
 }
@@ -295,64 +420,116 @@ void Table::apply_sums(const Batch& batch, const float* sums, std::optional<doub
 uint64_t Table::erase(std::span<const uint64_t> keys) {
   check_positions("erase", keys.size());
   const Storage::Use use(storage_, "erase");
+  check_exists("erase");
+  return erase(keys, Erased::kLiving, ~uint64_t{0});
+}
+
+void Table::purge(std::span<const uint64_t> keys) { erase(keys, Erased::kAll, ~uint64_t{0}); }
+
+uint64_t Table::erase_unless_newer(std::span<const uint64_t> keys, uint64_t sequence) {
+  return dropped_ ? 0 : erase(keys, Erased::kLiving, sequence);
+}
+
+uint64_t Table::erase(std::span<const uint64_t> keys, Erased what, uint64_t newest) {
   Tiers& tiers = *storage_.tiers_;
   const Batch batch(keys, std::nullopt);
   uint64_t sequence = 0, gone = 0;
   {
     const std::unique_lock order = storage_.begin_operation();
-    std::vector<uint8_t> absent(batch.num_rows(), 0);
-    for (const uint32_t r : missing_rows(batch)) absent[r] = 1;
+    const int64_t time = storage_.tick();
+    // With no expiry, rows that have expired are there, too. They are counted no more.
+    const Expiry expiry = what == Erased::kAll ? Expiry{} : expiry_at(time);
+    const std::vector<Found> found = survey(batch, expiry);
     std::vector<uint32_t> rows;
     std::vector<uint64_t> erased;
     for (uint32_t r = 0; r < batch.num_rows(); ++r) {
-      if (absent[r] != 0) continue;
+      if (found[r].mark == kAbsent || found[r].sequence > newest) continue;
       rows.push_back(r);
       erased.push_back(unmix_key(batch.mixed[r]));
     }
     if (rows.empty()) return 0;
     gone = rows.size();
-    // As an apply: what can fail for want of memory comes before the log write when it fits, else redo completes it.
-    const auto log = [&] {
-      const std::string prefix = encode_keys_prefix({spec().table_id, storage_.tick(), erased});
-      const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(erased))};
-      sequence = storage_.append(RecordType::kErase, parts);
-      rows_ -= gone;
-    };
-    const size_t chunk = tiers.chunk_rows(shape_);
-    if (rows.size() <= chunk) {
-      Tiers::Prepared prepared = tiers.prepare(shape_, batch, rows, false);
-      log();
-      tiers.erase(rows, prepared, sequence);
-    } else {
-      log();
-      try {
-        for_each_chunk(rows, chunk, [&](std::span<const uint32_t> part) {
-          const Tiers::Prepared prepared = tiers.prepare(shape_, batch, part, false);
-          tiers.erase(part, prepared, sequence);
-        });
-      } catch (...) {
-        tiers.fail(std::current_exception());
-        throw;
-      }
-    }
+    const Operation operation{
+        .create = false,
+        .log =
+            [&](AgeEffect& effect) {
+              if (what == Erased::kAll) effect.changes.clear();
+              const std::string prefix = encode_keys_prefix({spec().table_id, time, effect, erased});
+              const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(erased))};
+              sequence = storage_.append(RecordType::kErase, parts);
+            },
+        .change = [&](std::span<const uint32_t> part,
+                      const Tiers::Prepared& prepared) { tiers.erase(part, prepared, sequence); }};
+    operate(batch, rows, expiry, std::nullopt, operation);
   }
   storage_.after_operation(sequence);
   return gone;
 }
 
+void Table::import_rows(std::span<const uint64_t> keys, std::span<const uint32_t> update_counts, const float* floats) {
+  check_positions("import_rows", keys.size());
+  const Storage::Use use(storage_, "import_rows");
+  check_exists("import_rows");
+  Tiers& tiers = *storage_.tiers_;
+  const Batch batch(keys, std::nullopt);
+  const size_t num_floats = shape_.num_floats();
+  if (batch.num_rows() != keys.size())
+    for (size_t p = 0; p < keys.size(); ++p)
+      if (batch.first[batch.index[p]] != p)
+        throw std::invalid_argument("[import_rows] key " + std::to_string(keys[p]) +
+                                    " stands twice, expected each key once: nothing was imported");
+  if (const auto bad = first_not_finite(floats, keys.size(), num_floats, *storage_.pool_))
+    throw std::invalid_argument("[import_rows] the row of key " + std::to_string(keys[*bad]) +
+                                " has a NaN or an infinity: nothing was imported");
+  if (keys.empty()) return;
+  // Distinct keys: the batch's rows are the positions, in their order.
+  const std::vector<uint32_t> rows = all_rows(batch);
+  uint64_t sequence = 0;
+  {
+    const std::unique_lock order = storage_.begin_operation();
+    const int64_t time = storage_.tick();
+    const Bytes counts = std::as_bytes(update_counts);
+    const Bytes values = std::as_bytes(std::span(floats, keys.size() * num_floats));
+    const Operation operation{
+        .create = true,
+        .log =
+            [&](AgeEffect& effect) {
+              const ImportRecord record{.table_id = spec().table_id,
+                                        .num_floats = static_cast<uint32_t>(num_floats),
+                                        .time = time,
+                                        .ages = effect,
+                                        .keys = keys,
+                                        .update_counts = counts,
+                                        .floats = values};
+              const std::string prefix = encode_import_prefix(record);
+              const std::array<Bytes, 4> parts{std::as_bytes(std::span(prefix)), std::as_bytes(keys), counts, values};
+              sequence = storage_.append(RecordType::kImport, parts);
+            },
+        .change =
+            [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
+              tiers.create_rows(shape_, batch, prepared, sequence, step_, time);
+              tiers.replace(shape_, batch, part, prepared, counts.data(), values.data(), sequence, step_, time);
+            }};
+    operate(batch, rows, expiry_at(time), mark(time, step_), operation);
+  }
+  storage_.after_operation(sequence);
+}
+
 void Table::contains(std::span<const uint64_t> keys, bool* out) const {
   check_positions("contains", keys.size());
   const Storage::Use use(storage_, "contains");
+  check_exists("contains");
   const Batch batch(keys, std::nullopt);
-  std::vector<uint8_t> absent(batch.num_rows(), 0);
-  for (const uint32_t r : missing_rows(batch)) absent[r] = 1;
-  for (size_t p = 0; p < keys.size(); ++p) out[p] = absent[batch.index[p]] == 0;
+  const std::vector<Found> found = survey(batch, expiry_now());
+  for (size_t p = 0; p < keys.size(); ++p) out[p] = found[batch.index[p]].mark != kAbsent;
 }
 
 std::optional<RowInfo> Table::inspect(uint64_t key) const {
   const Storage::Use use(storage_, "inspect");
+  check_exists("inspect");
   Tiers& tiers = *storage_.tiers_;
   const uint64_t mixed = mix_key(key);
+  const Expiry expiry = expiry_now();
   RowInfo info{.key = key};
   info.floats.resize(shape_.num_floats());
   {
@@ -361,7 +538,7 @@ std::optional<RowInfo> Table::inspect(uint64_t key) const {
     const Slot slot = hot.find(hot.shard(hot.shard_of(mixed)), spec().table_id, mixed);
     if (slot != kNoSlot) {
       const HotRow* row = hot.row(slot);
-      if (!row->is_row()) return std::nullopt;
+      if (!row->is_row() || !expiry.alive(row->time, row->step)) return std::nullopt;
       info.update_count = row->update_count;
       info.step = row->step;
       info.time = row->time;
@@ -373,7 +550,7 @@ std::optional<RowInfo> Table::inspect(uint64_t key) const {
   }
   const Batch batch({&key, 1}, std::nullopt);
   bool found = false;
-  tiers.read_through(shape_, batch, {0}, [&](uint32_t, const Tiers::Seen& seen) {
+  tiers.read_through(shape_, expiry, batch, {0}, [&](uint32_t, const Tiers::Seen& seen) {
     found = seen.found;
     info.update_count = seen.header.update_count;
     info.step = seen.header.step;
@@ -390,16 +567,19 @@ std::optional<RowInfo> Table::inspect(uint64_t key) const {
 void Table::prefetch(std::span<const uint64_t> keys) {
   check_positions("prefetch", keys.size());
   const Storage::Use use(storage_, "prefetch");
+  check_exists("prefetch");
   storage_.prefetch(*this, {keys.begin(), keys.end()});
 }
 
 std::unique_ptr<Scan> Table::scan() {
   const Storage::Use use(storage_, "scan");
+  check_exists("scan");
   auto scan = std::make_unique<Scan>();
   scan->storage_ = &storage_;
   scan->shape_ = &shape_;
   Storage::CutInfo info;
   scan->snapshot_ = storage_.snapshot(info);
+  scan->expiry_ = info.expiry(spec());
   scan->rows_ = scan->snapshot_->scan(StoredKey::make(spec().table_id, 0), StoredKey::make(spec().table_id + 1, 0));
   return scan;
 }
@@ -417,6 +597,7 @@ size_t Scan::next(size_t limit, uint64_t* keys, float* floats, uint32_t* update_
   while (count < limit && rows_->next()) {
     const StoredKey key = rows_->key();
     const DecodedRow row = decode_row(key, rows_->value(), shape_->num_floats());
+    if (!expiry_.alive(row.header.time, row.header.step)) continue;
     float* to = floats + count * shape_->num_floats();
     keys[count] = unmix_key(key.mixed());
     if (row.header.has_floats)
@@ -444,34 +625,53 @@ void Table::redo_apply(uint64_t sequence, const ApplyRecord& record, const std::
   std::memcpy(sums.data(), record.gradients.data(), record.gradients.size());
   if (batch.num_rows() != record.keys.size())
     throw CorruptionError("[open] " + source + " at offset " + std::to_string(offset) + " repeats a key");
+  const Expiry expiry{record.ages.unit, record.ages.alive_since, step_};
   for_each_chunk(rows, tiers.chunk_rows(shape_), [&](std::span<const uint32_t> chunk) {
-    Tiers::Prepared prepared = tiers.prepare(shape_, batch, chunk, true);
-    tiers.create_rows(shape_, batch, prepared, sequence, record.time);
+    const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true);
+    tiers.create_rows(shape_, batch, prepared, sequence, record.group_step, record.time);
     tiers.apply(shape_, batch, chunk, prepared, optimizer(), record.numbers, sums.data(), sequence, record.group_step,
                 record.time);
   });
-  rows_ += record.num_new;
+  count(record.ages);
   step_ = record.group_step;
 }
 
 void Table::redo_insert(uint64_t sequence, const KeysRecord& record) {
   Tiers& tiers = *storage_.tiers_;
   const Batch batch(record.keys, std::nullopt);
+  const Expiry expiry{record.ages.unit, record.ages.alive_since, step_};
   for_each_chunk(all_rows(batch), tiers.chunk_rows(shape_), [&](std::span<const uint32_t> chunk) {
-    const Tiers::Prepared prepared = tiers.prepare(shape_, batch, chunk, true);
-    tiers.create_rows(shape_, batch, prepared, sequence, record.time);
+    const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true);
+    tiers.create_rows(shape_, batch, prepared, sequence, step_, record.time);
   });
-  rows_ += record.keys.size();
+  count(record.ages);
 }
 
 void Table::redo_erase(uint64_t sequence, const KeysRecord& record) {
   Tiers& tiers = *storage_.tiers_;
   const Batch batch(record.keys, std::nullopt);
+  const Expiry expiry{record.ages.unit, record.ages.alive_since, step_};
   for_each_chunk(all_rows(batch), tiers.chunk_rows(shape_), [&](std::span<const uint32_t> chunk) {
-    const Tiers::Prepared prepared = tiers.prepare(shape_, batch, chunk, false);
+    const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, false);
     tiers.erase(chunk, prepared, sequence);
   });
-  rows_ -= record.keys.size();
+  count(record.ages);
+}
+
+void Table::redo_import(uint64_t sequence, const ImportRecord& record, const std::string& source, uint64_t offset) {
+  Tiers& tiers = *storage_.tiers_;
+  const Batch batch(record.keys, std::nullopt);
+  if (record.num_floats != shape_.num_floats() || batch.num_rows() != record.keys.size())
+    throw CorruptionError("[open] " + source + " at offset " + std::to_string(offset) + " has imported rows of " +
+                          spec().label() + " that do not fit the group, or repeat a key");
+  const Expiry expiry{record.ages.unit, record.ages.alive_since, step_};
+  for_each_chunk(all_rows(batch), tiers.chunk_rows(shape_), [&](std::span<const uint32_t> chunk) {
+    const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true);
+    tiers.create_rows(shape_, batch, prepared, sequence, step_, record.time);
+    tiers.replace(shape_, batch, chunk, prepared, record.update_counts.data(), record.floats.data(), sequence, step_,
+                  record.time);
+  });
+  count(record.ages);
 }
 
 }  // namespace damo

@@ -18,6 +18,7 @@
 
 #include "batch.h"
 #include "format.h"
+#include "lifetime.h"
 #include "store.h"
 #include "table_spec.h"
 
@@ -50,6 +51,7 @@ class Scan {
   friend class Table;
   Storage* storage_ = nullptr;
   const TableShape* shape_ = nullptr;
+  Expiry expiry_;  // as of the cut
   std::shared_ptr<const StoreSnapshot> snapshot_;
   std::unique_ptr<StoreIterator> rows_;
 };
@@ -60,8 +62,9 @@ class Table {
 
   const TableSpec& spec() const noexcept { return shape_.spec; }
   const Optimizer& optimizer() const noexcept { return *shape_.optimizer; }
-  uint64_t size() const noexcept { return rows_.load(); }
-  uint64_t step() const noexcept { return step_.load(); }  // applied updates
+  uint64_t size() const;                                              // rows that have not expired by now
+  uint64_t step() const noexcept { return step_.load(); }             // applied updates
+  size_t num_floats() const noexcept { return shape_.num_floats(); }  // weights and state of a row
   double lr() const noexcept { return lr_.load(); }
   void set_lr(double lr);
 
@@ -92,6 +95,11 @@ class Table {
   void apply_gradients(std::span<const uint64_t> keys, const float* gradients, std::optional<double> lr);
 
   uint64_t erase(std::span<const uint64_t> keys);  // returns how many rows went
+
+  // Rows given by the caller, whole: what was there is replaced. `keys` distinct; `update_counts` [keys]; `floats`
+  // [keys, weights and state]. std::invalid_argument names the first key that stands twice or has a float that is not
+  // finite; nothing has changed.
+  void import_rows(std::span<const uint64_t> keys, std::span<const uint32_t> update_counts, const float* floats);
   void contains(std::span<const uint64_t> keys, bool* out) const;
   std::optional<RowInfo> inspect(uint64_t key) const;
   void prefetch(std::span<const uint64_t> keys);  // a hint: returns at once
@@ -100,6 +108,17 @@ class Table {
  private:
   friend class Storage;
   const TableShape& shape() const noexcept { return shape_; }
+  TableCounters counters() const;  // order lock held
+  void set_counters(const TableCounters& counters);
+  uint64_t rows_at(int64_t now) const;
+  void check_exists(const char* operation) const;  // std::invalid_argument once the group was dropped
+  // Erases rows that have expired already and are not counted any more.
+  void purge(std::span<const uint64_t> keys);
+  // Erases rows that no operation after `sequence` has changed; returns how many went.
+  uint64_t erase_unless_newer(std::span<const uint64_t> keys, uint64_t sequence);
+  enum class Erased { kLiving, kAll };
+  uint64_t erase(std::span<const uint64_t> keys, Erased what, uint64_t newest);
+  void adopt(const Lifetime& lifetime, bool own, AgeCounts counts);  // order lock held
   void adopt(const TableSpec& wanted);  // other optimizer settings of the same layout; order and structure lock held
   void expand(const Batch& batch, float* out) const;
   void create(Batch& batch, std::span<const uint32_t> rows, std::optional<uint32_t> absent_at, float* out);
@@ -110,16 +129,40 @@ class Table {
   };
   Sums sum(std::span<const Part> parts) const;
   void apply_sums(const Batch& batch, const float* sums, std::optional<double> lr);
-  std::vector<uint32_t> missing_rows(const Batch& batch) const;  // rows that exist nowhere
+  Expiry expiry_at(int64_t now) const noexcept;  // what has expired for an operation at that time
+  Expiry expiry_now() const;                     // and for a lookup
+  // The age mark of a row changed at this time and step.
+  int64_t mark(int64_t time, uint64_t step) const noexcept;
+
+  // Each row of the batch as it is: its age mark, kAbsent if it exists nowhere, and its last operation.
+  static constexpr int64_t kAbsent = kBeforeAllTime;
+  struct Found {
+    int64_t mark;
+    uint64_t sequence;
+  };
+  std::vector<Found> survey(const Batch& batch, const Expiry& expiry) const;
+  // The one way in which rows change; defined beside it.
+  struct Operation;
+  void operate(const Batch& batch, std::span<const uint32_t> rows, const Expiry& expiry, std::optional<int64_t> renewed,
+               const Operation& operation);
+  // What an operation does to the counts that gives rows of these marks the mark `renewed`, or takes them away.
+  AgeEffect effect_on(std::span<const uint32_t> rows, std::span<const int64_t> marks, const Expiry& expiry,
+                      std::optional<int64_t> renewed) const;
+  void count(const AgeEffect& effect) noexcept;  // the order lock is held; after the log write
+
   void redo_apply(uint64_t sequence, const ApplyRecord& record, const std::string& source, uint64_t offset);
   void redo_insert(uint64_t sequence, const KeysRecord& record);
   void redo_erase(uint64_t sequence, const KeysRecord& record);
+  void redo_import(uint64_t sequence, const ImportRecord& record, const std::string& source, uint64_t offset);
 
   Storage& storage_;
   TableShape shape_;
-  std::atomic<uint64_t> rows_{0};  // written under the order lock
+  mutable std::mutex counts_mutex_;  // protects counts_, which is written under the order lock too
+  AgeCounts counts_;
+  bool counts_fit_ = true;  // false: the log disagrees with them, they are made anew from the rows
   std::atomic<uint64_t> step_{0};
   std::atomic<double> lr_;
+  std::atomic<bool> dropped_{false};
   bool in_use_ = false;  // some Embedding of this process has it; order lock
 
   // The last training lookup, for an apply_gradients of the same keys: saves finding repeats and rows again.

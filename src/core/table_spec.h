@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "initializer.h"
+#include "lifetime.h"
 #include "optimizer.h"
 
 namespace damo {
@@ -31,6 +32,8 @@ struct TableSpec {
   Settings initializer_settings;
   uint64_t seed = 0;
   uint64_t stream = 0;  // tells this group's first weights from another's: stream_of(...)
+  Lifetime lifetime;
+  bool own_lifetime = false;  // given for this group; else it follows the storage's
 
   // `group "user"` or `group 7`, for messages.
   std::string label() const;

@@ -87,7 +87,8 @@ size_t Tiers::chunk_rows(const TableShape& shape) const noexcept {
 
 // ------------------------------------------------------------------ lookups
 
-Tiers::HotRead Tiers::read_hot(const TableShape& shape, Batch& batch, const ShardOrder& order, float* out, bool touch) {
+Tiers::HotRead Tiers::read_hot(const TableShape& shape, const Expiry& expiry, Batch& batch, const ShardOrder& order,
+                               float* out, bool touch, const std::function<void(uint32_t, const HotRow&)>& visit) {
   const uint32_t table_id = shape.spec.table_id;
   const size_t dimension = shape.spec.dimension, weight_bytes = dimension * sizeof(float);
   const size_t shards = hot_.num_shards();
@@ -115,10 +116,11 @@ Tiers::HotRead Tiers::read_hot(const TableShape& shape, Batch& batch, const Shar
           continue;
         }
         HotRow* row = hot_.row(slot);
-        if (!row->is_row()) {
-          parts[range].erased.push_back(r);
+        if (!row->is_row() || !expiry.alive(row->time, row->step)) {
+          parts[range].gone.push_back(r);
           continue;
         }
+        if (visit) visit(r, *row);
         batch.hints[r] = slot;
         if (touch) row->touch();
         if (out != nullptr) std::memcpy(out + batch.first[r] * dimension, row->floats(), weight_bytes);
@@ -128,9 +130,9 @@ Tiers::HotRead Tiers::read_hot(const TableShape& shape, Batch& batch, const Shar
   HotRead read = std::move(parts[0]);
   for (size_t i = 1; i < ranges; ++i) {
     read.missing.insert(read.missing.end(), parts[i].missing.begin(), parts[i].missing.end());
-    read.erased.insert(read.erased.end(), parts[i].erased.begin(), parts[i].erased.end());
+    read.gone.insert(read.gone.end(), parts[i].gone.begin(), parts[i].gone.end());
   }
-  if (touch) counters_.hits += batch.num_rows() - read.missing.size() - read.erased.size();
+  if (touch) counters_.hits += batch.num_rows() - read.missing.size() - read.gone.size();
   return read;
 }
 
@@ -158,7 +160,7 @@ void Tiers::read_cold(std::span<const StoredKey> keys, const Store::Found& found
   if (!likely.empty()) store_.multi_get(likely, [&](size_t i, Bytes value) { found(index[i], value); });
 }
 
-void Tiers::read_through(const TableShape& shape, const Batch& batch, std::vector<uint32_t> rows,
+void Tiers::read_through(const TableShape& shape, const Expiry& expiry, const Batch& batch, std::vector<uint32_t> rows,
                          const std::function<void(uint32_t, const Seen&)>& visit) {
   // A row that comes into memory between the probe and this read is served from the cold tier as it was: it
   // was so at some moment of the call. Only a row changed *and* missing in the cold tier could be wrong, and one that
@@ -171,6 +173,7 @@ void Tiers::read_through(const TableShape& shape, const Batch& batch, std::vecto
     std::vector<uint8_t> found(chunk.size(), 0);
     read_cold(keys, [&](size_t i, Bytes value) {
       const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
+      if (!expiry.alive(decoded.header.time, decoded.header.step)) return;
       found[i] = 1;
       visit(chunk[i], {.found = true, .header = decoded.header, .floats = decoded.floats});
     });
@@ -179,18 +182,19 @@ void Tiers::read_through(const TableShape& shape, const Batch& batch, std::vecto
   }
 }
 
-void Tiers::fill_from(const TableShape& shape, const StoredKey& key, Bytes value, HotRow& row) {
-  const DecodedRow decoded = decode_row(key, value, shape.num_floats());
+void Tiers::fill_from(const TableShape& shape, const StoredKey& key, const DecodedRow& decoded, HotRow& row) {
   row.mixed = key.mixed();
   row.table_id = key.table_id();
   row.sequence = decoded.header.sequence;
   row.time = decoded.header.time;
   row.update_count = decoded.header.update_count;
   row.step = decoded.header.step;
-  if (decoded.header.has_floats)
+  if (decoded.header.has_floats) {
+    row.flags |= HotRow::kFloats;
     std::memcpy(row.floats(), decoded.floats.data(), decoded.floats.size());
-  else
+  } else {
     shape.first_floats(row.mixed, row.floats());
+  }
 }
 
 size_t Tiers::low_water(size_t slot_bytes) const noexcept { return hot_.capacity(slot_bytes) / 32; }
@@ -242,7 +246,8 @@ void Tiers::remove_row(Slot slot) {
   ++counters_.evicted;
 }
 
-Tiers::Absent Tiers::bring_in(const TableShape& shape, Batch& batch, std::vector<uint32_t> rows, float* out) {
+Tiers::Absent Tiers::bring_in(const TableShape& shape, const Expiry& expiry, Batch& batch, std::vector<uint32_t> rows,
+                              float* out) {
   const size_t dimension = shape.spec.dimension, weight_bytes = dimension * sizeof(float);
   const size_t slot_bytes = hot_.slot_bytes(shape.num_floats());
   const size_t chunk_size = std::clamp<size_t>(chunk_rows(shape) / 2, 1, kColdChunk);
@@ -275,11 +280,12 @@ Tiers::Absent Tiers::bring_in(const TableShape& shape, Batch& batch, std::vector
     std::vector<uint8_t> found(size, 0);
     try {
       read_cold(keys, [&](size_t i, Bytes value) {
+        const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
+        if (!expiry.alive(decoded.header.time, decoded.header.step)) return;
         found[i] = 1;
         if (i < num_slots) {
-          fill_from(shape, keys[i], value, *hot_.row(slots[i]));
+          fill_from(shape, keys[i], decoded, *hot_.row(slots[i]));
         } else if (out != nullptr) {
-          const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
           float* to = out + batch.first[chunk[i]] * dimension;
           if (decoded.header.has_floats)
             std::memcpy(to, decoded.floats.data(), weight_bytes);
@@ -307,7 +313,7 @@ Tiers::Absent Tiers::bring_in(const TableShape& shape, Batch& batch, std::vector
           add_row(slots[i]);
           slot = slots[i];
           slots[i] = kNoSlot;
-        } else if (!hot_.row(slot)->is_row()) {
+        } else if (const HotRow* row = hot_.row(slot); !row->is_row() || !expiry.alive(row->time, row->step)) {
           absent.rows.push_back(r);
           continue;
         }
@@ -326,8 +332,8 @@ Tiers::Absent Tiers::bring_in(const TableShape& shape, Batch& batch, std::vector
 
 // --------------------------------------------------------------- operations
 
-Tiers::Prepared Tiers::prepare(const TableShape& shape, const Batch& batch, std::span<const uint32_t> rows, bool create,
-                               std::optional<uint32_t> absent_at) {
+Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, const Batch& batch,
+                               std::span<const uint32_t> rows, bool create, std::optional<uint32_t> absent_at) {
   const uint32_t table_id = shape.spec.table_id;
   const size_t slot_bytes = hot_.slot_bytes(shape.num_floats());
   // For each row: the epoch at which it was found absent from both tiers, if it was.
@@ -355,7 +361,7 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Batch& batch, std:
       if (!hot_.holds(slot, table_id, mixed)) slot = hot_.find(hot_.shard(hot_.shard_of(mixed)), table_id, mixed);
       prepared.slots[r] = slot;
       if (slot != kNoSlot) {
-        if (hot_.row(slot)->is_row()) continue;
+        if (const HotRow* row = hot_.row(slot); row->is_row() && expiry.alive(row->time, row->step)) continue;
         if (create)
           prepared.fresh.push_back(r);
         else
@@ -427,7 +433,9 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Batch& batch, std:
       std::exception_ptr error;
       try {
         read_cold(keys, [&](size_t i, Bytes value) {
-          fill_from(shape, keys[i], value, *hot_.row(slots[i]));
+          const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
+          if (!expiry.alive(decoded.header.time, decoded.header.step)) return;
+          fill_from(shape, keys[i], decoded, *hot_.row(slots[i]));
           found[i] = 1;
         });
       } catch (...) {
@@ -465,7 +473,7 @@ void Tiers::abandon(Prepared& prepared) noexcept {
 }
 
 void Tiers::create_rows(const TableShape& shape, const Batch& batch, const Prepared& prepared, uint64_t sequence,
-                        int64_t time) {
+                        uint64_t group_step, int64_t time) {
   DisplacedRows displaced;
   for (const uint32_t r : prepared.fresh) {
     const Slot slot = prepared.slots[r];
@@ -478,7 +486,7 @@ void Tiers::create_rows(const TableShape& shape, const Batch& batch, const Prepa
     row->sequence = sequence;
     row->time = time;
     row->update_count = 0;
-    row->step = 0;
+    row->step = static_cast<uint32_t>(group_step);
     row->flags = static_cast<uint8_t>((row->flags & HotRow::kSaved) | HotRow::kDirty);
     shape.first_floats(row->mixed, row->floats());
     if (pending) hot_.insert(shard, slot);
@@ -515,7 +523,7 @@ void Tiers::apply(const TableShape& shape, const Batch& batch, std::span<const u
         row->sequence = sequence;
         row->step = static_cast<uint32_t>(group_step);
         row->time = time;
-        row->flags |= HotRow::kDirty;
+        row->flags |= HotRow::kDirty | HotRow::kFloats;
         updates.push_back({.weights = row->floats(),
                            .state = row->floats() + dimension,
                            .gradient = sums + r * dimension,
@@ -529,6 +537,26 @@ void Tiers::apply(const TableShape& shape, const Batch& batch, std::span<const u
     }
   });
   for (DisplacedRows& part : displaced) keep_displaced(std::move(part));
+}
+
+void Tiers::replace(const TableShape& shape, const Batch& batch, std::span<const uint32_t> rows,
+                    const Prepared& prepared, const std::byte* update_counts, const std::byte* floats,
+                    uint64_t sequence, uint64_t group_step, int64_t time) {
+  DisplacedRows displaced;
+  const size_t row_bytes = shape.num_floats() * sizeof(float);
+  for (const uint32_t r : rows) {
+    HotRow* row = hot_.row(prepared.slots[r]);
+    if (row->sequence > sequence) continue;
+    const std::lock_guard lock(hot_.shard(hot_.shard_of(batch.mixed[r])).mutex);
+    if (row->sequence < sequence && needs_displacing(*row)) displace(*row, displaced);
+    row->sequence = sequence;
+    row->step = static_cast<uint32_t>(group_step);
+    row->time = time;
+    row->flags |= HotRow::kDirty | HotRow::kFloats;
+    std::memcpy(&row->update_count, update_counts + r * sizeof(uint32_t), sizeof(uint32_t));
+    std::memcpy(row->floats(), floats + r * row_bytes, row_bytes);
+  }
+  keep_displaced(std::move(displaced));
 }
 
 void Tiers::erase(std::span<const uint32_t> rows, const Prepared& prepared, uint64_t sequence) {
@@ -545,6 +573,21 @@ void Tiers::erase(std::span<const uint32_t> rows, const Prepared& prepared, uint
   keep_displaced(std::move(displaced));
 }
 
+void Tiers::discard(uint32_t table_id) {
+  std::vector<Slot> slots;
+  for (size_t slab = 0; slab < hot_.num_slabs(); ++slab) {
+    const std::lock_guard lock(structure_);
+    if (hot_.slab_slot_bytes(slab) == 0) continue;
+    ++epoch_;
+    slots.clear();
+    hot_.for_each_row(slab, [&](Slot slot, const HotRow* row) {
+      if (row->table_id == table_id && !row->has(HotRow::kPending)) slots.push_back(slot);
+    });
+    for (const Slot slot : slots) remove_row(slot);
+  }
+  slots_freed_.notify_all();
+}
+
 // -------------------------------------------------------------------- cut
 
 void Tiers::encode(const HotRow& row, std::string& out) const {
@@ -552,8 +595,8 @@ void Tiers::encode(const HotRow& row, std::string& out) const {
                          .step = row.step,
                          .time = row.time,
                          .sequence = row.sequence,
-                         .has_floats = row.update_count > 0};
-  const size_t num_floats = row.update_count > 0 ? shape_of_(row.table_id)->num_floats() : 0;
+                         .has_floats = row.has(HotRow::kFloats)};
+  const size_t num_floats = row.has(HotRow::kFloats) ? shape_of_(row.table_id)->num_floats() : 0;
   encode_row(stored_key(row), header, {row.floats(), num_floats}, out);
 }
 
@@ -592,6 +635,7 @@ void Tiers::put_rows(StoreWriter& writer, const std::string& bytes, std::span<co
       continue;
     }
     presence_.add(row.key);
+    bytes_written_ += StoredKey::kBytes + row.end - row.begin;
     writer.put(row.key, std::as_bytes(std::span(bytes)).subspan(row.begin, row.end - row.begin));
   }
 }

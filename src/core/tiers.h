@@ -30,6 +30,7 @@
 
 #include "batch.h"
 #include "hot_tier.h"
+#include "lifetime.h"
 #include "presence_filter.h"
 #include "store.h"
 #include "table_spec.h"
@@ -81,17 +82,20 @@ class Tiers {
   // batch.hints, and returns the rest. `touch`: a training lookup, which counts for eviction.
   struct HotRead {
     std::vector<uint32_t> missing;  // not in memory
-    std::vector<uint32_t> erased;   // in memory as tombstones: they exist nowhere
+    std::vector<uint32_t> gone;     // in memory, but erased or expired: they exist nowhere
   };
-  HotRead read_hot(const TableShape& shape, Batch& batch, const ShardOrder& order, float* out, bool touch);
+  // `visit` sees each row found alive, perhaps from several threads.
+  HotRead read_hot(const TableShape& shape, const Expiry& expiry, Batch& batch, const ShardOrder& order, float* out,
+                   bool touch, const std::function<void(uint32_t row, const HotRow&)>& visit = nullptr);
   // Serves `rows` that read_hot missed from the cold tier, changing nothing. visit(row, seen) is called once a row,
-  // perhaps from several threads; seen.floats is empty for a row without floats (it has its first weights).
+  // perhaps from several threads; seen.floats is empty for a row without floats (it has its first weights). An expired
+  // row is not found.
   struct Seen {
     bool found = false;
     RowHeader header{};
     Bytes floats{};
   };
-  void read_through(const TableShape& shape, const Batch& batch, std::vector<uint32_t> rows,
+  void read_through(const TableShape& shape, const Expiry& expiry, const Batch& batch, std::vector<uint32_t> rows,
                     const std::function<void(uint32_t row, const Seen&)>& visit);
 
   // Training lookup of rows that read_hot did not find: brings cold rows in as far as there is memory without waiting,
@@ -101,7 +105,7 @@ class Tiers {
     std::vector<uint32_t> rows;
     uint32_t epoch;
   };
-  Absent bring_in(const TableShape& shape, Batch& batch, std::vector<uint32_t> rows, float* out);
+  Absent bring_in(const TableShape& shape, const Expiry& expiry, Batch& batch, std::vector<uint32_t> rows, float* out);
 
   // ---- operations. The caller holds the order lock from prepare to the last call that takes what it returned.
   // It stays held across prepare's cold reads: operations are one at a time anyway, and lookups take it only to create
@@ -109,25 +113,33 @@ class Tiers {
 
   struct Prepared {
     std::vector<Slot> slots;      // [batch rows] kNoSlot outside the request
-    std::vector<uint32_t> fresh;  // rows that are to be created: their slot is pending, or a tombstone
+    std::vector<uint32_t> fresh;  // rows that are to be created: their slot is pending, a tombstone, or expired
     std::unique_lock<std::mutex> structure;
   };
   // Brings `rows` of the batch into memory. On return the structure lock is held, every row has a slot, and nothing
   // that follows can fail. Without `create`, rows that exist nowhere have kNoSlot. `absent_at`: an epoch at which all
   // `rows` were found absent (saves looking again). Throws with nothing changed.
-  Prepared prepare(const TableShape& shape, const Batch& batch, std::span<const uint32_t> rows, bool create,
-                   std::optional<uint32_t> absent_at = std::nullopt);
+  Prepared prepare(const TableShape& shape, const Expiry& expiry, const Batch& batch, std::span<const uint32_t> rows,
+                   bool create, std::optional<uint32_t> absent_at = std::nullopt);
   // Gives back the slots of fresh rows when the operation does not happen after all.
   void abandon(Prepared& prepared) noexcept;
   // Turns the fresh rows into rows: update count 0, first floats.
   void create_rows(const TableShape& shape, const Batch& batch, const Prepared& prepared, uint64_t sequence,
-                   int64_t time);
+                   uint64_t group_step, int64_t time);
   // One update of each of `rows` that has a sequence number older than `sequence`. `sums` is [batch rows, dimension].
   void apply(const TableShape& shape, const Batch& batch, std::span<const uint32_t> rows, const Prepared& prepared,
              const Optimizer& optimizer, const StepNumbers& numbers, const float* sums, uint64_t sequence,
              uint64_t group_step, int64_t time);
+  // Gives each of `rows` that is older than `sequence` (or was created by it) these floats, [batch rows, num_floats].
+  void replace(const TableShape& shape, const Batch& batch, std::span<const uint32_t> rows, const Prepared& prepared,
+               const std::byte* update_counts, const std::byte* floats, uint64_t sequence, uint64_t group_step,
+               int64_t time);
   // Turns rows that are older than `sequence` into tombstones.
   void erase(std::span<const uint32_t> rows, const Prepared& prepared, uint64_t sequence);
+
+  // Takes all rows of a table out of memory, written or not. No cut is open: the write lock is held, and so is the
+  // order lock.
+  void discard(uint32_t table_id);
 
   // Blocks the caller while an open cut has more old rows aside than its memory. Before an operation, no lock held.
   void wait_for_cut_memory();
@@ -141,6 +153,7 @@ class Tiers {
            const std::function<void()>& closed);
   std::mutex& write_mutex() noexcept { return write_mutex_; }
 
+  uint64_t bytes_written() const noexcept { return bytes_written_.load(); }  // to the cold tier, since open
   void note_cut_pause(std::chrono::duration<double> pause) noexcept { counters_.cut_pause_seconds = pause.count(); }
 
   void stop() noexcept;  // ends the eviction thread
@@ -197,7 +210,7 @@ class Tiers {
   void add_row(Slot slot);                                                   // structure lock held
   size_t allocate(size_t slot_bytes, size_t count, std::vector<Slot>& out);  // structure lock held
   void wait_for_slots(size_t slot_bytes, size_t count);                      // no structure lock
-  static void fill_from(const TableShape& shape, const StoredKey& key, Bytes value, HotRow& row);
+  static void fill_from(const TableShape& shape, const StoredKey& key, const DecodedRow& decoded, HotRow& row);
 
   void evict_loop();
   void evict_some(size_t slot_bytes, size_t target);
@@ -244,6 +257,7 @@ class Tiers {
     std::atomic<double> cut_pause_seconds{0};
   };
   mutable Counters counters_;
+  std::atomic<uint64_t> bytes_written_{0};
 };
 
 }  // namespace damo

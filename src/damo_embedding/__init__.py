@@ -18,6 +18,7 @@ from damo_embedding.errors import (
 )
 from damo_embedding.hashing import hash_keys
 from damo_embedding.initializers import Constant, Initializer, Normal, Ones, TruncatedNormal, Uniform, Zeros
+from damo_embedding.lifetimes import Steps
 from damo_embedding.optimizers import SGD, Adagrad, Adam, Optimizer
 from damo_embedding.storage import Storage
 
@@ -41,6 +42,7 @@ __all__ = [
     "RowInfo",
     "Rows",
     "SchemaMismatchError",
+    "Steps",
     "Storage",
     "StorageError",
     "TruncatedNormal",

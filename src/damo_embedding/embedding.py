@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from damo_embedding import _core
 from damo_embedding.initializers import Initializer
+from damo_embedding.lifetimes import Steps, Ttl, parse_ttl, show_ttl
 from damo_embedding.optimizers import _MAX_FLOAT, Optimizer, _number
 from damo_embedding.storage import Storage
 
@@ -72,6 +73,8 @@ class Embedding:
         dimension: Weights of a row, 1 to 4096.
         group: 0-255, or a name of 1 to 255 bytes. A named group takes the highest free number.
         seed: 0 to 2**64 - 1. First weights are a pure function of (seed, group, key, position).
+        ttl: How long a row lives after its last update (or its creation), as for `Storage`. None: as stored for
+            this group, else the storage's.
 
     Opening the group again needs the same dimension, optimizer (its rate and betas may change from one run to
     the next), initializer and seed; two embeddings of one group share its rows. All methods may be called
@@ -98,6 +101,8 @@ class Embedding:
         dimension: int,
         group: int | str,
         seed: int = 0,
+        *,
+        ttl: Ttl | None = None,
     ) -> None:
         if not isinstance(storage, Storage):
             raise TypeError(f"[embedding] storage is {type(storage).__name__}, expected a Storage")
@@ -130,10 +135,9 @@ class Embedding:
             initializer.name,
             initializer._settings(),
             int(seed),
+            parse_ttl("embedding", ttl),
         )
-        self._state = [
-            (name, per_weight) for name, per_weight, _ in _core.optimizer_state(optimizer.name, optimizer._settings())
-        ]
+        self._state = _core.optimizer_state(optimizer.name, optimizer._settings())
 
     @property
     def storage(self) -> Storage:
@@ -169,6 +173,11 @@ class Embedding:
     def seed(self) -> int:
         """Seed of the first weights."""
         return self._table.seed
+
+    @property
+    def ttl(self) -> int | str | Steps:
+        """How long a row lives after its last update: seconds, Steps(n), or "never"."""
+        return show_ttl(*self._table.ttl)
 
     @property
     def step(self) -> int:
@@ -292,6 +301,63 @@ class Embedding:
         """
         return self._table.erase(_keys("erase", keys).reshape(-1))
 
+    def import_rows(
+        self,
+        keys: Keys,
+        weights: npt.ArrayLike,
+        state: Mapping[str, npt.ArrayLike] | None = None,
+        counts: npt.ArrayLike | None = None,
+    ) -> None:
+        """Rows as you give them: pretrained weights, or what `scan` of another table yields. Whole rows are replaced.
+
+        Args:
+            keys: int64 or uint64 [n], each once.
+            weights: float32 [n, dimension].
+            state: The optimizer's state by name, float32 [n, dimension] or [n, 1], every entry of it. None: as a
+                new row starts.
+            counts: How often each row was updated, integers [n] below 2**32; Adam's bias correction uses it. None: 0.
+
+        The rows count as updated now, for `ttl`; the group's step stays. A call takes memory as large as its rows:
+        give millions of rows in parts.
+
+        Raises:
+            ValueError: A key stands twice (names it), a float is NaN or infinite, a shape or a state's name is wrong;
+                nothing was imported.
+            TypeError: keys are not integers, or weights or state not float32.
+
+        Example:
+            >>> for part in old.scan():  # doctest: +SKIP
+            ...     new.import_rows(part.keys, part.weights, part.state, part.update_counts)
+        """
+        array = _keys("import_rows", keys)
+        if array.ndim != 1:
+            raise ValueError(f"[import_rows] keys have shape {array.shape}, expected one dimension")
+        n = len(array)
+        floats = np.empty((n, self._table.num_floats), dtype=np.float32)
+        starts = {name: start for name, _, start in self._state}
+        if state is not None and set(state) != set(starts):
+            raise ValueError(f"[import_rows] state has {sorted(state)}, expected {sorted(starts)}")
+        into_weights, into_state = self._split(floats)
+        into_weights[...] = self._floats("weights", weights, (n, self.dimension))
+        for name, into in into_state.items():
+            into[...] = starts[name] if state is None else self._floats(name, state[name], into.shape)
+        given = np.zeros(n, np.uint32) if counts is None else np.asarray(counts)
+        if given.dtype.kind not in "iu" and given.size:
+            raise TypeError(f"[import_rows] counts have dtype {given.dtype}, expected integers")
+        if given.shape != (n,):
+            raise ValueError(f"[import_rows] counts have shape {given.shape}, expected ({n},)")
+        if n and not 0 <= int(given.min()) <= int(given.max()) < 2**32:
+            raise ValueError(f"[import_rows] counts are {given.min()} to {given.max()}, expected 0 to {2**32 - 1}")
+        self._table.import_rows(array, np.ascontiguousarray(given, dtype=np.uint32), floats)
+
+    def _floats(self, what: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> Floats:
+        array = np.asarray(values)
+        if array.dtype != np.float32 and array.size:
+            raise TypeError(f"[import_rows] {what} has dtype {array.dtype}, expected float32: convert with .astype")
+        if array.shape != shape:
+            raise ValueError(f"[import_rows] {what} has shape {array.shape}, expected {shape} for {self._label()}")
+        return array.astype(np.float32, copy=False)
+
     def inspect(self, key: int) -> RowInfo | None:
         """Everything about one row, or None if the key has none. Changes nothing.
 
@@ -356,7 +422,7 @@ class Embedding:
     def _split(self, floats: Floats) -> tuple[Floats, dict[str, Floats]]:
         at = self.dimension
         state = {}
-        for name, per_weight in self._state:
+        for name, per_weight, _ in self._state:
             width = self.dimension if per_weight else 1
             state[name] = floats[:, at : at + width]
             at += width

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from types import TracebackType
 from typing import Any, Self
 
 from damo_embedding import _core
+from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 
 __all__ = ["Storage"]
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _DAY = 86_400
+_MIN_DISK = 1 << 26
 
 PathLike = str | os.PathLike[str]
 
@@ -82,6 +85,14 @@ class Storage:
         threads: Threads of one call; None: one per core. Results do not depend on it.
         log_bytes: The operation log is cut when it is larger than this (bytes, or a text as for `memory`; at
             least 1 MiB). None: max(1 GiB, 4 x memory), at most an eighth of the free disk.
+        ttl: How long a row lives after its last update (or its creation): seconds, a text such as "30d" or
+            "12h", a timedelta, `Steps(n)`, or "never". For the embeddings that are given none of their own.
+            None: as stored, which is "never" at first. Kept to a 262,144th of itself, never cut short; changing it
+            reads the tables once.
+        disk: What the directory may take (bytes, or a text as for `memory`; at least 64 MiB). When it fills, the
+            rows that were updated least often and longest ago are erased (`stats()["forgotten"]`). It has to hold
+            the files that a compaction replaces beside the new ones, so that the rows that stay take about a
+            third of it. None: no limit.
 
     Raises:
         AlreadyOpenError: The directory is open elsewhere.
@@ -104,13 +115,20 @@ class Storage:
         durability: str = "logged",
         threads: int | None = None,
         log_bytes: int | str | None = None,
+        ttl: Ttl | None = None,
+        disk: int | str | None = None,
     ) -> None:
-        self._core = self._open(path, "open_or_create", memory, durability, threads, log_bytes)
+        self._core = self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk)
 
     @staticmethod
     def _options(
-        memory: int | str, durability: str, threads: int | None, log_bytes: int | str | None
-    ) -> tuple[int, str, int, int]:
+        memory: int | str,
+        durability: str,
+        threads: int | None,
+        log_bytes: int | str | None,
+        ttl: Ttl | None,
+        disk: int | str | None,
+    ) -> tuple[int, str, int, int, tuple[int, int] | None, int]:
         memory_bytes = parse_bytes("memory", memory)
         if not _core.MIN_MEMORY_BYTES <= memory_bytes < 2**48:
             raise ValueError(
@@ -125,7 +143,10 @@ class Storage:
         log = 0 if log_bytes is None else parse_bytes("log_bytes", log_bytes)
         if log_bytes is not None and not 2**20 <= log < 2**62:
             raise ValueError(f"[open] log_bytes is {log}, expected at least {2**20} (1 MiB)")
-        return memory_bytes, durability, count, log
+        space = 0 if disk is None else parse_bytes("disk", disk)
+        if disk is not None and not _MIN_DISK <= space < 2**62:
+            raise ValueError(f"[open] disk is {space} bytes, expected at least {_MIN_DISK} (64 MiB)")
+        return memory_bytes, durability, count, log, parse_ttl("open", ttl), space
 
     @classmethod
     def _open(
@@ -136,10 +157,12 @@ class Storage:
         durability: str,
         threads: int | None,
         log_bytes: int | str | None,
+        ttl: Ttl | None,
+        disk: int | str | None,
     ) -> _core.Storage:
         text = parse_path("open", "path", path)
-        memory_bytes, durability, count, log = cls._options(memory, durability, threads, log_bytes)
-        return _core.Storage.open(text, mode, memory_bytes, durability, count, log)
+        options = cls._options(memory, durability, threads, log_bytes, ttl, disk)
+        return _core.Storage.open(text, mode, *options)
 
     @classmethod
     def _wrap(cls, core: _core.Storage) -> Self:
@@ -156,9 +179,11 @@ class Storage:
         durability: str = "logged",
         threads: int | None = None,
         log_bytes: int | str | None = None,
+        ttl: Ttl | None = None,
+        disk: int | str | None = None,
     ) -> Self:
         """A new storage in an absent or empty directory; StorageError if there is one already."""
-        return cls._wrap(cls._open(path, "create", memory, durability, threads, log_bytes))
+        return cls._wrap(cls._open(path, "create", memory, durability, threads, log_bytes, ttl, disk))
 
     @classmethod
     def open(
@@ -169,9 +194,11 @@ class Storage:
         durability: str = "logged",
         threads: int | None = None,
         log_bytes: int | str | None = None,
+        ttl: Ttl | None = None,
+        disk: int | str | None = None,
     ) -> Self:
         """An existing storage; StorageError if there is none."""
-        return cls._wrap(cls._open(path, "open", memory, durability, threads, log_bytes))
+        return cls._wrap(cls._open(path, "open", memory, durability, threads, log_bytes, ttl, disk))
 
     @classmethod
     def restore(
@@ -183,6 +210,8 @@ class Storage:
         durability: str = "logged",
         threads: int | None = None,
         log_bytes: int | str | None = None,
+        ttl: Ttl | None = None,
+        disk: int | str | None = None,
     ) -> Self:
         """Replaces the storage at `path` by a checkpoint and opens it.
 
@@ -192,7 +221,7 @@ class Storage:
         Args:
             checkpoint: A directory that `checkpoint` made.
             path: The storage's directory; what it holds is replaced.
-            memory, durability, threads, log_bytes: As for Storage.
+            memory, durability, threads, log_bytes, ttl, disk: As for Storage.
 
         Returns:
             The open storage.
@@ -205,9 +234,11 @@ class Storage:
         Example:
             >>> storage = Storage.restore("checkpoints/1000", "ctr.damo", memory="2GiB")  # doctest: +SKIP
         """
-        cls._options(memory, durability, threads, log_bytes)  # checked before anything is replaced
+        cls._options(memory, durability, threads, log_bytes, ttl, disk)  # checked before anything is replaced
         _core.restore(parse_path("restore", "checkpoint", checkpoint), parse_path("restore", "path", path))
-        return cls.open(path, memory=memory, durability=durability, threads=threads, log_bytes=log_bytes)
+        return cls.open(
+            path, memory=memory, durability=durability, threads=threads, log_bytes=log_bytes, ttl=ttl, disk=disk
+        )
 
     @property
     def path(self) -> str:
@@ -224,13 +255,54 @@ class Storage:
         """The storage's clock in whole seconds since 1970: the wall clock, or what was set last.
 
         Set it to the time of the events when old ones are replayed; it then stands until it is set again. It
-        never runs back: a time before the last operation's changes nothing until it is passed.
+        never runs back: a time before the last operation's changes nothing until it is passed. While rows
+        expire by time, a step of more than 366 days past the last operation is refused (and not believed of the
+        wall clock) until `expire` confirms it.
         """
         return self._core.now
 
     @now.setter
     def now(self, seconds: int) -> None:
         self._core.now = _parse_int("now", "now", seconds, 0, 2**62)
+
+    def expire(self, now: int | None = None) -> int:
+        """Confirms the clock, however far it is ahead of the last operation; returns how many rows expired by it.
+
+        Not needed as long as the storage is used once a year: rows expire by themselves. The disk space comes
+        back when RocksDB next merges its files, or by `compact`.
+
+        Args:
+            now: Sets the clock, as `storage.now = now` does. None: the wall clock, or what was set.
+        """
+        return self._core.expire(None if now is None else _parse_int("expire", "now", now, 0, 2**62))
+
+    def compact(self) -> None:
+        """Rewrites the files without what expired, was erased, dropped or overwritten, to have its space back now.
+
+        Reads and writes the whole storage; needs as much free disk as the rows that stay. Lookups and updates go
+        on meanwhile.
+        """
+        self._core.compact()
+
+    def drop_group(self, group: int | str) -> None:
+        """Removes a group (number or name) with all its rows. Its embeddings raise ValueError from now on.
+
+        Raises:
+            ValueError: There is no such group.
+        """
+        self._core.drop_group(self._group("drop_group", group))
+
+    def _group(self, operation: str, group: int | str) -> int:
+        groups = self.groups()
+        if isinstance(group, str):
+            numbers = {name: number for number, name in groups.items() if name}
+            if group not in numbers:
+                raise ValueError(f"[{operation}] there is no group {group!r}; the storage has {sorted(numbers)}")
+            return numbers[group]
+        number = _parse_int(operation, "group", group, 0, 255)
+        if number not in groups:
+            raise ValueError(f"[{operation}] there is no group {number}; the storage has {sorted(groups)}")
+        return number
 
     def groups(self) -> dict[int, str]:
         """The stored groups by number, with their names ("" for one that is known by its number)."""
@@ -250,6 +322,13 @@ class Storage:
                 more changes until it is opened again.
         """
         self._core.commit(*_step_and_extra("commit", step, extra))
+        if (held := self._core.clock_held_seconds) > 0:
+            warnings.warn(
+                f"[commit] the clock is {held / _DAY:,.0f} days ahead of the last operation on {self.path}: no row"
+                " expires until storage.expire() confirms that, or storage.now is set to the time of the events",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def last_commit(self) -> tuple[int | None, bytes] | None:
@@ -310,16 +389,7 @@ class Storage:
             >>> storage.dump("weights.bin", group="item", min_count=3)  # doctest: +SKIP
             182345
         """
-        number: int | None
-        if isinstance(group, str):
-            named = {name: number for number, name in self.groups().items() if name}
-            if group not in named:
-                raise ValueError(f"[dump] there is no group {group!r}; the storage has {sorted(named)}")
-            number = named[group]
-        else:
-            number = None if group is None else _parse_int("dump", "group", group, 0, 255)
-            if number is not None and number not in self.groups():
-                raise ValueError(f"[dump] there is no group {number}; the storage has {sorted(self.groups())}")
+        number = None if group is None else self._group("dump", group)
         count = _parse_int("dump", "min_count", min_count, 0, 2**32 - 1)
         since = (
             None if expire_days is None else self.now - _DAY * _parse_int("dump", "expire_days", expire_days, 0, 10**9)
@@ -342,10 +412,14 @@ class Storage:
           without its compactions.
         - log_bytes, sequence, synced_sequence, redone_records: size of the operation log, number of the last
           operation, the last one that is synced, and how many records were redone at opening.
+        - clock_held_seconds: how far the clock is ahead of what is believed before `expire` confirms it.
+          forgotten: rows erased to keep within `disk`.
         - groups: for each, group, name, dimension, rows, step (applied updates), row_bytes (of a stored row,
-          key and header included).
+          key and header included), ttl (seconds, Steps(n) or "never").
         """
         stats: dict[str, Any] = self._core.stats()
+        for group in stats["groups"]:
+            group["ttl"] = show_ttl(*group["ttl"])
         return stats
 
     def close(self) -> None:

@@ -226,7 +226,7 @@ std::string apply_body(uint32_t dimension, const std::vector<float>& gradients) 
   record.time = -5;
   record.numbers.count = 2;
   record.numbers.value = {0.5, -1e300};
-  record.num_new = 2;
+  record.ages = {AgeUnit::kSteps, -9, {{-4, -1}, {6, 3}}};
   record.keys = kKeys;
   std::string body = encode_apply_prefix(record);
   ByteWriter writer(body);
@@ -243,7 +243,7 @@ const Decode kDecodeApply = [](ByteReader& reader) {
 TEST_CASE("format: an apply record comes back whole, from an aligned body and from any other") {
   const std::vector<float> gradients{1, 2, 3, 4, 5, 6};
   const std::string body = apply_body(2, gradients);
-  CHECK(body.size() == 56 + 16 + 24 + 24);
+  CHECK(body.size() == 56 + 16 + 8 + 32 + 24 + 24);
   for (size_t shift = 0; shift < 8; ++shift) {
     std::vector<std::byte> memory(body.size() + 16);
     std::byte* at = memory.data() + (8 - reinterpret_cast<uintptr_t>(memory.data()) % 8) % 8 + shift;
@@ -260,7 +260,9 @@ TEST_CASE("format: an apply record comes back whole, from an aligned body and fr
     REQUIRE(record.numbers.count == 2);
     CHECK(record.numbers.value[0] == 0.5);
     CHECK(record.numbers.value[1] == -1e300);
-    CHECK(record.num_new == 2);
+    CHECK(record.ages.unit == AgeUnit::kSteps);
+    CHECK(record.ages.alive_since == -9);
+    CHECK(record.ages.changes == AgeChanges{{-4, -1}, {6, 3}});
     CHECK(std::equal(record.keys.begin(), record.keys.end(), kKeys.begin(), kKeys.end()));
     CHECK(storage.empty() == (shift == 0));
     REQUIRE(record.gradients.size() == 24);
@@ -279,9 +281,10 @@ TEST_CASE("format: an apply record of another length, or with counts that do not
   };
   CHECK_THROWS_AS(decode_from(with(12, uint32_t{0}), kDecodeApply), CorruptionError);        // no dimension
   CHECK_THROWS_AS(decode_from(with(12, uint32_t{3}), kDecodeApply), CorruptionError);        // too large a dimension
-  CHECK_THROWS_AS(decode_from(with(32, uint64_t{4}), kDecodeApply), CorruptionError);        // more new keys than keys
   CHECK_THROWS_AS(decode_from(with(40, uint64_t{1} << 61), kDecodeApply), CorruptionError);  // keys: times 8 is 0
   CHECK_THROWS_AS(decode_from(with(48, uint32_t{StepNumbers::kMax + 1}), kDecodeApply), CorruptionError);
+  CHECK_THROWS_AS(decode_from(with(52, uint32_t{3}), kDecodeApply), CorruptionError);        // no such unit of age
+  CHECK_THROWS_AS(decode_from(with(72, uint64_t{1} << 60), kDecodeApply), CorruptionError);  // changes: times 16 is 0
 }
 
 TEST_CASE("format: a record of no dimension is CorruptionError, not a division by zero") {
@@ -289,7 +292,8 @@ TEST_CASE("format: a record of no dimension is CorruptionError, not a division b
 }
 
 TEST_CASE("format: a record of keys comes back whole; other lengths and counts are CorruptionError") {
-  std::string body = encode_keys_prefix({.table_id = 3, .time = 17, .keys = kKeys});
+  const AgeEffect ages{AgeUnit::kSeconds, 12, {{17, 2}}};
+  std::string body = encode_keys_prefix({.table_id = 3, .time = 17, .ages = ages, .keys = kKeys});
   ByteWriter(body).put_bytes(kKeys.data(), kKeys.size() * 8);
   const Decode decode = [](ByteReader& reader) {
     std::vector<uint64_t> storage;
@@ -300,9 +304,48 @@ TEST_CASE("format: a record of keys comes back whole; other lengths and counts a
   const KeysRecord record = decode_keys(reader, storage);
   CHECK(record.table_id == 3);
   CHECK(record.time == 17);
+  CHECK(record.ages.unit == AgeUnit::kSeconds);
+  CHECK(record.ages.alive_since == 12);
+  CHECK(record.ages.changes == AgeChanges{{17, 2}});
   CHECK(std::equal(record.keys.begin(), record.keys.end(), kKeys.begin(), kKeys.end()));
   every_other_length_is_refused(body, decode);
   wild_numbers_do_no_harm(body, decode);
+}
+
+TEST_CASE("format: a record of imported rows comes back whole; other lengths and counts are CorruptionError") {
+  const std::vector<uint32_t> counts{1, 2, 3};
+  const std::vector<float> floats{1, 2, 3, 4, 5, 6};
+  const AgeEffect ages{AgeUnit::kNone, kBeforeAllTime, {{0, 3}}};
+  std::string body = encode_import_prefix(
+      {.table_id = 3, .num_floats = 2, .time = 17, .ages = ages, .keys = kKeys, .update_counts = {}, .floats = {}});
+  ByteWriter writer(body);
+  writer.put_bytes(kKeys.data(), kKeys.size() * 8);
+  writer.put_bytes(counts.data(), counts.size() * 4);
+  writer.put_bytes(floats.data(), floats.size() * 4);
+  const Decode decode = [](ByteReader& reader) {
+    std::vector<uint64_t> storage;
+    decode_import(reader, storage);
+  };
+  ByteReader reader(bytes_of(body), "log");
+  std::vector<uint64_t> storage;
+  const ImportRecord record = decode_import(reader, storage);
+  CHECK(record.table_id == 3);
+  CHECK(record.num_floats == 2);
+  CHECK(record.time == 17);
+  CHECK(record.ages.changes == AgeChanges{{0, 3}});
+  CHECK(std::equal(record.keys.begin(), record.keys.end(), kKeys.begin(), kKeys.end()));
+  CHECK(std::memcmp(record.update_counts.data(), counts.data(), 12) == 0);
+  CHECK(std::memcmp(record.floats.data(), floats.data(), 24) == 0);
+  every_other_length_is_refused(body, decode);
+  wild_numbers_do_no_harm(body, decode);
+}
+
+TEST_CASE("format: a record of the clock comes back whole; other lengths are CorruptionError") {
+  const std::string body = encode_expire({.time = -7});
+  const Decode decode = [](ByteReader& reader) { decode_expire(reader); };
+  ByteReader reader(bytes_of(body), "log");
+  CHECK(decode_expire(reader).time == -7);
+  every_other_length_is_refused(body, decode);
 }
 
 TEST_CASE("format: a commit record comes back whole; other lengths are CorruptionError") {
@@ -317,7 +360,12 @@ TEST_CASE("format: a commit record comes back whole; other lengths are Corruptio
 }
 
 TEST_CASE("format: counters come back whole, with and without a commit; damage is CorruptionError") {
-  StorageCounters counters{.sequence = 12, .clock = -3, .last_commit = {}, .tables = {{1, 10, 100}, {7, 70, 700}}};
+  TableCounters one{.table_id = 1, .group_step = 100, .lifetime = {}, .rows = {}};
+  one.rows.add(0, 10);
+  TableCounters seven{.table_id = 7, .group_step = 700, .lifetime = {AgeUnit::kSeconds, 60}, .rows = {}};
+  seven.rows.add(-8, 60);
+  seven.rows.add(9, 10);
+  StorageCounters counters{.sequence = 12, .clock = -3, .last_commit = {}, .tables = {one, seven}};
   const Decode decode = [](ByteReader& reader) { decode_counters(reader.take(reader.remaining()), "state"); };
   for (const bool committed : {false, true}) {
     if (committed) counters.last_commit = CommitRecord{4, "extra"};
@@ -329,7 +377,9 @@ TEST_CASE("format: counters come back whole, with and without a commit; damage i
     if (committed) CHECK(back.last_commit->extra == "extra");
     REQUIRE(back.tables.size() == 2);
     CHECK(back.tables[1].table_id == 7);
-    CHECK(back.tables[1].rows == 70);
+    CHECK(back.tables[0].rows.since(0) == 10);
+    CHECK(back.tables[1].lifetime == Lifetime{AgeUnit::kSeconds, 60});
+    CHECK(back.tables[1].rows.buckets() == seven.rows.buckets());
     CHECK(back.tables[1].group_step == 700);
     every_other_length_is_refused(body, decode);
     wild_numbers_do_no_harm(body, decode);

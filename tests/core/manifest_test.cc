@@ -24,6 +24,7 @@ Manifest some_manifest() {
   Manifest manifest;
   manifest.storage_id = some_id();
   manifest.next_table_id = 8;
+  manifest.lifetime = {AgeUnit::kSeconds, 86'400};
   TableSpec user;
   user.group = 0;
   user.table_id = 7;
@@ -35,6 +36,8 @@ Manifest some_manifest() {
   user.initializer_settings = {{"high", 0.01}, {"low", -0.01}};
   user.seed = 1234567890123456789;
   user.stream = ~uint64_t{0};
+  user.lifetime = {AgeUnit::kSteps, 1000};
+  user.own_lifetime = true;
   TableSpec named = user;
   named.group = 255;
   named.table_id = 3;
@@ -43,6 +46,8 @@ Manifest some_manifest() {
   named.optimizer = "sgd";
   named.optimizer_settings = {};
   named.state = {};
+  named.lifetime = manifest.lifetime;
+  named.own_lifetime = false;
   named.initializer_settings = {};
   manifest.tables = {user, named};
   return manifest;
@@ -51,8 +56,9 @@ Manifest some_manifest() {
 CheckpointManifest some_checkpoint() {
   CheckpointManifest manifest;
   manifest.storage_id = some_id();
-  manifest.counters = {
-      .sequence = 99, .clock = 1700000000, .last_commit = CommitRecord{5, "x"}, .tables = {{7, 10, 20}}};
+  TableCounters seven{.table_id = 7, .group_step = 20, .lifetime = {}, .rows = {}};
+  seven.rows.add(0, 10);
+  manifest.counters = {.sequence = 99, .clock = 1700000000, .last_commit = CommitRecord{5, "x"}, .tables = {seven}};
   manifest.step = 1000;
   manifest.extra = std::string("\0json", 5);
   manifest.created = 1700000001;
@@ -64,7 +70,7 @@ bool same(const TableSpec& a, const TableSpec& b) {
   return a.group == b.group && a.name == b.name && a.table_id == b.table_id && a.dimension == b.dimension &&
          a.optimizer == b.optimizer && a.optimizer_settings == b.optimizer_settings && a.state == b.state &&
          a.initializer == b.initializer && a.initializer_settings == b.initializer_settings && a.seed == b.seed &&
-         a.stream == b.stream;
+         a.stream == b.stream && a.lifetime == b.lifetime && a.own_lifetime == b.own_lifetime;
 }
 
 // `text` with another body and a checksum that agrees with it.

@@ -35,6 +35,8 @@ class FaultyStore final : public Store {
   std::unique_ptr<StoreWriter> begin_write() override { return std::make_unique<Writer>(*this, inner_->begin_write()); }
   std::shared_ptr<const StoreSnapshot> snapshot() const override { return inner_->snapshot(); }
   std::vector<LinkedFile> link_into(const std::filesystem::path& to) override { return inner_->link_into(to); }
+  void set_disposable(Disposable disposable) override { inner_->set_disposable(std::move(disposable)); }
+  void compact(std::atomic<bool>* cancelled) override { inner_->compact(cancelled); }
   StoreStats stats() const override { return inner_->stats(); }
   void close() override { inner_->close(); }
 
@@ -103,14 +105,14 @@ struct Harness {
     std::iota(rows.begin(), rows.end(), 0u);
     tiers.wait_for_cut_memory();
     const std::lock_guard lock(order);
-    Tiers::Prepared prepared = tiers.prepare(s, batch, rows, true);
+    Tiers::Prepared prepared = tiers.prepare(s, Expiry{}, batch, rows, true);
     const uint64_t number = ++sequence;
     std::vector<float> sums(rows.size() * s.spec.dimension);
     for (size_t i = 0; i < sums.size(); ++i)
       sums[i] =
           static_cast<float>((keys[i / s.spec.dimension] * 31 + number * 7 + i % s.spec.dimension) % 201) / 100 - 1;
     const StepNumbers numbers = s.optimizer->numbers(0.5, number);
-    tiers.create_rows(s, batch, prepared, number, time_of(number));
+    tiers.create_rows(s, batch, prepared, number, 0, time_of(number));
     tiers.apply(s, batch, rows, prepared, *s.optimizer, numbers, sums.data(), number, number, time_of(number));
     prepared.structure.unlock();
     for (size_t r = 0; r < rows.size(); ++r) {
@@ -130,10 +132,10 @@ struct Harness {
     std::vector<uint32_t> rows(batch.num_rows());
     std::iota(rows.begin(), rows.end(), 0u);
     const std::lock_guard lock(order);
-    const Tiers::Prepared prepared = tiers.prepare(shape(table), batch, rows, true);
+    const Tiers::Prepared prepared = tiers.prepare(shape(table), Expiry{}, batch, rows, true);
     if (prepared.fresh.empty()) return;
     const uint64_t number = ++sequence;
-    tiers.create_rows(shape(table), batch, prepared, number, time_of(number));
+    tiers.create_rows(shape(table), batch, prepared, number, 0, time_of(number));
     for (const uint64_t key : keys) model_row(table, key, number);
   }
 
@@ -142,7 +144,7 @@ struct Harness {
     std::vector<uint32_t> rows(batch.num_rows());
     std::iota(rows.begin(), rows.end(), 0u);
     const std::lock_guard lock(order);
-    const Tiers::Prepared prepared = tiers.prepare(shape(table), batch, rows, false);
+    const Tiers::Prepared prepared = tiers.prepare(shape(table), Expiry{}, batch, rows, false);
     const uint64_t number = ++sequence;
     tiers.erase(rows, prepared, number);
     for (const uint64_t key : keys) model.erase({table, key});
@@ -179,14 +181,14 @@ struct Harness {
     Batch batch(keys, std::nullopt);
     std::vector<float> out(keys.size() * dimension, -9.0f);
     std::set<uint32_t> absent;
-    Tiers::HotRead read = tiers.read_hot(s, batch, ShardOrder(batch, tiers.hot()), out.data(), insert);
-    absent.insert(read.erased.begin(), read.erased.end());
+    Tiers::HotRead read = tiers.read_hot(s, Expiry{}, batch, ShardOrder(batch, tiers.hot()), out.data(), insert);
+    absent.insert(read.gone.begin(), read.gone.end());
     if (insert) {
-      const Tiers::Absent nowhere = tiers.bring_in(s, batch, read.missing, out.data());
+      const Tiers::Absent nowhere = tiers.bring_in(s, Expiry{}, batch, read.missing, out.data());
       absent.insert(nowhere.rows.begin(), nowhere.rows.end());
     } else {
       std::mutex mutex;
-      tiers.read_through(s, batch, read.missing, [&](uint32_t r, const Tiers::Seen& seen) {
+      tiers.read_through(s, Expiry{}, batch, read.missing, [&](uint32_t r, const Tiers::Seen& seen) {
         const std::lock_guard lock(mutex);
         float* to = out.data() + batch.first[r] * dimension;
         if (!seen.found)
@@ -484,7 +486,7 @@ TEST_CASE("tiers: prepare and abandon change nothing that can be seen") {
     std::vector<uint32_t> rows(300);
     std::iota(rows.begin(), rows.end(), 0u);
     const std::lock_guard lock(h.order);
-    Tiers::Prepared prepared = h.tiers.prepare(h.small, batch, rows, true);
+    Tiers::Prepared prepared = h.tiers.prepare(h.small, Expiry{}, batch, rows, true);
     CHECK(prepared.fresh.size() == 210);
     CHECK(prepared.structure.owns_lock());
     h.tiers.abandon(prepared);
@@ -510,9 +512,9 @@ TEST_CASE("tiers: an operation with a number a row has seen already changes noth
     std::vector<uint32_t> rows(keys.size());
     std::iota(rows.begin(), rows.end(), 0u);
     const std::vector<float> sums(keys.size() * 4, 1.0f);
-    const Tiers::Prepared prepared = h.tiers.prepare(h.small, batch, rows, true);
+    const Tiers::Prepared prepared = h.tiers.prepare(h.small, Expiry{}, batch, rows, true);
     CHECK(prepared.fresh.empty());
-    h.tiers.create_rows(h.small, batch, prepared, number, 5);
+    h.tiers.create_rows(h.small, batch, prepared, number, 0, 5);
     h.tiers.apply(h.small, batch, rows, prepared, *h.small.optimizer, h.small.optimizer->numbers(1, 1), sums.data(),
                   number, 1, 5);
     h.tiers.erase(rows, prepared, number);
@@ -543,9 +545,9 @@ TEST_CASE("tiers: lookups beside operations, evictions and cuts see each row at 
       for (size_t j = 0; j < sums.size(); ++j) sums[j] = static_cast<float>(j / 4 % 17 + 1);
       h.tiers.wait_for_cut_memory();
       const std::lock_guard lock(h.order);
-      const Tiers::Prepared prepared = h.tiers.prepare(same, batch, rows, true);
+      const Tiers::Prepared prepared = h.tiers.prepare(same, Expiry{}, batch, rows, true);
       const uint64_t number = ++h.sequence;
-      h.tiers.create_rows(same, batch, prepared, number, 0);
+      h.tiers.create_rows(same, batch, prepared, number, 0, 0);
       h.tiers.apply(same, batch, rows, prepared, *same.optimizer, same.optimizer->numbers(0.1, number), sums.data(),
                     number, number, 0);
     }
@@ -562,8 +564,9 @@ TEST_CASE("tiers: lookups beside operations, evictions and cuts see each row at 
         const std::vector<uint64_t> keys = some_of(20000, 500, random);
         Batch batch(keys, std::nullopt);
         std::vector<float> out(keys.size() * 4, 0.0f);
-        Tiers::HotRead read = h.tiers.read_hot(same, batch, ShardOrder(batch, h.tiers.hot()), out.data(), true);
-        h.tiers.bring_in(same, batch, read.missing, out.data());
+        Tiers::HotRead read =
+            h.tiers.read_hot(same, Expiry{}, batch, ShardOrder(batch, h.tiers.hot()), out.data(), true);
+        h.tiers.bring_in(same, Expiry{}, batch, read.missing, out.data());
         for (size_t p = 0; p < keys.size(); ++p)
           for (size_t d = 1; d < 4; ++d) torn += out[p * 4 + d] != out[p * 4];
         ++rounds;
@@ -640,7 +643,7 @@ TEST_CASE("tiers: the rows that are looked up again and again stay while others 
     h.apply(1, range(10000 + i * 500, 10500 + i * 500));
   }
   Batch batch(favourites, std::nullopt);
-  const auto read = h.tiers.read_hot(h.small, batch, ShardOrder(batch, h.tiers.hot()), nullptr, false);
+  const auto read = h.tiers.read_hot(h.small, Expiry{}, batch, ShardOrder(batch, h.tiers.hot()), nullptr, false);
   CHECK(h.tiers.stats().evicted > 5000);
   CHECK(read.missing.size() < 50);
 }

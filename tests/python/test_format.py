@@ -74,7 +74,7 @@ class Reader:
 
 def manifest(path: Path) -> tuple[bytes, int, dict[int, dict[str, Any]]]:
     reader = Reader(path.read_bytes()).sealed(b"DAMOMANI")
-    storage_id, next_id, count = reader.bytes(16), *reader.take("II")
+    storage_id, next_id, ttl, count = reader.bytes(16), reader.take("I"), reader.take("IQ"), reader.take("I")
     groups = {}
     for _ in range(count):
         number, table_id = reader.take("II")
@@ -89,7 +89,10 @@ def manifest(path: Path) -> tuple[bytes, int, dict[int, dict[str, Any]]]:
             "initializer_settings": reader.settings(),
             "seed": reader.take("Q"),
             "stream": reader.take("Q"),
+            "ttl": reader.take("IQ"),
+            "own_ttl": reader.take("B"),
         }
+    assert ttl == (1, 500)
     reader.end(tail=8)
     return storage_id, next_id, groups
 
@@ -99,7 +102,9 @@ def counters(data: bytes) -> dict[str, Any]:
     version, tables = reader.take("II")
     assert version == 1
     found: dict[str, Any] = {"sequence": reader.take("Q"), "clock": reader.take("q")}
-    found["tables"] = [reader.take("IIQQ") for _ in range(tables)]
+    found["tables"] = [
+        (*reader.take("IIQQ"), [reader.take("qQ") for _ in range(reader.take("Q"))]) for _ in range(tables)
+    ]
     found["commit"] = (reader.take("q"), reader.string()) if reader.take("B") else None
     reader.end()
     return found
@@ -143,11 +148,11 @@ def log(path: Path, storage_id: bytes) -> tuple[dict[str, Any], list[tuple[int, 
 @pytest.fixture
 def open_storage(tmp_path: Path) -> Iterator[tuple[de.Storage, de.Embedding]]:
     """Operations 1 to 5: insert, apply, erase, commit, insert."""
-    with de.Storage(tmp_path / "s", memory="16MiB", threads=1) as storage:
+    with de.Storage(tmp_path / "s", memory="16MiB", threads=1, ttl=500) as storage:
         storage.now = 1_000
         table = de.Embedding(storage, de.Adagrad(lr=0.5, eps=0.25), de.Uniform(-1, 1), DIMENSION, group="user", seed=3)
         table.lookup(KEYS)
-        storage.now = 2_000
+        storage.now = 1_400
         table.apply_gradients(KEYS, np.arange(15, dtype=np.float32).reshape(5, 3))
         table.erase([0])
         storage.commit(step=9, extra=b"where")
@@ -181,6 +186,8 @@ def test_the_manifest_holds_the_groups(open_storage: Any, tmp_path: Path) -> Non
             "initializer_settings": {"low": -1.0, "high": 1.0},
             "seed": 3,
             "stream": xxh3(0, b"user") | 1 << 63,
+            "ttl": (1, 500),
+            "own_ttl": 0,
         }
     }
 
@@ -193,18 +200,23 @@ def test_the_log_holds_the_operations(open_storage: Any, tmp_path: Path) -> None
     assert [kind for _, kind, _ in records] == [2, 1, 3, 11, 2]
     insert, apply, erase, commit, _ = (body for _, _, body in records)
 
-    assert insert.take("IIqQ") == (1, 0, 1_000, 4)
+    # table, age unit, time, alive since, keys; then the changes: bucket 1,000 gets four rows
+    assert insert.take("IIqqQ") == (1, 1, 1_000, 500, 4)
+    assert insert.take("Qqq") == (1, 1_000, 4)
     assert set(insert.take("4Q")) == {7, MASK, 0, 2**40}
     insert.end()
 
-    # table, optimizer, kernel, dimension, group step, time, new keys, keys, numbers, reserved
-    assert apply.take("IIIIQqQQII") == (1, 2, 1, DIMENSION, 1, 2_000, 0, 4, 3, 0)
+    # table, optimizer, kernel, dimension, group step, time, alive since, keys, numbers, age unit
+    assert apply.take("IIIIQqqQII") == (1, 2, 1, DIMENSION, 1, 1_400, 900, 4, 3, 1)
     assert apply.take("3d") == (0.5, 0.25, 0.0)
+    assert apply.take("Q4q") == (2, 1_000, -4, 1_400, 4)
     assert apply.take("4Q") == (7, MASK, 0, 2**40)  # in order of appearance
     assert apply.take("12f") == (12, 14, 16, 3, 4, 5, 6, 7, 8, 9, 10, 11)  # key 7 stands twice
     apply.end()
 
-    assert erase.take("IIqQQ") == (1, 0, 2_000, 1, 0)
+    assert erase.take("IIqqQ") == (1, 1, 1_400, 900, 1)
+    assert erase.take("Qqq") == (1, 1_400, -1)
+    assert erase.take("Q") == 0
     erase.end()
     assert (commit.take("q"), commit.string()) == (9, b"where")
     commit.end()
@@ -240,7 +252,8 @@ def test_after_close_the_log_begins_at_the_cut(open_storage: Any, tmp_path: Path
     (segment,) = (generation / "log").iterdir()
     start, records = log(segment, manifest(generation / "MANIFEST")[0])
     assert records == []
-    assert start == {"sequence": 5, "clock": 2_000, "tables": [(1, 0, 4, 1)], "commit": (9, b"where")}
+    table = (1, 1, 500, 1, [(1_400, 4)])
+    assert start == {"sequence": 5, "clock": 1_400, "tables": [table], "commit": (9, b"where")}
 
 
 def test_the_presence_filter_knows_the_stored_keys(open_storage: Any, tmp_path: Path) -> None:

@@ -203,6 +203,18 @@ class MemoryStore final : public Store {
     return {{kCopyName, text.size(), crc32c(bytes_of(text))}};
   }
 
+  void set_disposable(Disposable disposable) override {
+    const auto lock = state_->enter_alone("set_disposable");
+    disposable_ = std::move(disposable);
+  }
+
+  void compact(std::atomic<bool>*) override {
+    const auto lock = state_->enter_alone("compact");
+    if (disposable_ && state_->map->snapshots == 0)
+      std::erase_if(state_->map->entries,
+                    [&](const auto& entry) { return disposable_(entry.first, bytes_of(entry.second)); });
+  }
+
   StoreStats stats() const override {
     const auto lock = state_->enter_shared("stats");
     StoreStats stats = state_->stats;
@@ -241,6 +253,7 @@ class MemoryStore final : public Store {
   }
 
   std::shared_ptr<State> state_ = std::make_shared<State>();
+  Disposable disposable_;  // changed with the mutex held alone
 };
 
 }  // namespace

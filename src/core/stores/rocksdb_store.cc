@@ -19,6 +19,7 @@
 // knows less is CorruptionError, found before anything is deleted.
 #include <fcntl.h>
 #include <rocksdb/cache.h>
+#include <rocksdb/compaction_filter.h>
 #include <rocksdb/convenience.h>
 #include <rocksdb/db.h>
 #include <rocksdb/file_checksum.h>
@@ -165,6 +166,51 @@ class CacheAllocator final : public rocksdb::MemoryAllocator {
   BlockPool pool_;
 };
 
+// -------------------------------------------------------------- disposable
+
+// Leaves disposable entries out of what a compaction writes. RocksDB hides entries that a filter removes from
+// snapshots, too, so there is a filter only while there is no snapshot; one that is taken later is of a moment at which
+// what the filter takes for disposable was so.
+class DisposalFilter final : public rocksdb::CompactionFilter {
+ public:
+  explicit DisposalFilter(std::shared_ptr<const Store::Disposable> disposable) : disposable_(std::move(disposable)) {}
+  const char* Name() const override { return "damo.DisposalFilter"; }
+  // Called by RocksDB's threads; must not throw.
+  Decision FilterV2(int, const rocksdb::Slice& key, ValueType type, const rocksdb::Slice& value, std::string*,
+                    std::string*) const override {
+    if (type != ValueType::kValue || key.size() != StoredKey::kBytes) return Decision::kKeep;
+    return (*disposable_)(StoredKey::from_bytes(bytes_of(key)), bytes_of(value)) ? Decision::kRemove : Decision::kKeep;
+  }
+
+ private:
+  const std::shared_ptr<const Store::Disposable> disposable_;
+};
+
+class Disposal final : public rocksdb::CompactionFilterFactory {
+ public:
+  const char* Name() const override { return "damo.Disposal"; }
+  std::unique_ptr<rocksdb::CompactionFilter> CreateCompactionFilter(
+      const rocksdb::CompactionFilter::Context&) override {
+    const std::lock_guard lock(mutex_);
+    if (!disposable_ || snapshots_ > 0) return nullptr;
+    return std::make_unique<DisposalFilter>(disposable_);
+  }
+  void set(Store::Disposable disposable) {
+    auto shared = std::make_shared<const Store::Disposable>(std::move(disposable));
+    const std::lock_guard lock(mutex_);
+    disposable_ = std::move(shared);
+  }
+  void note_snapshot(int change) {
+    const std::lock_guard lock(mutex_);
+    snapshots_ += change;
+  }
+
+ private:
+  std::mutex mutex_;  // protects what follows
+  std::shared_ptr<const Store::Disposable> disposable_;
+  int snapshots_ = 0;
+};
+
 // ----------------------------------------------------------------- options
 
 int max_open_files() {
@@ -260,7 +306,9 @@ struct Engine {
       : settings(settings),
         write_state(std::make_shared<WriteState>(settings.directory)),
         options(make_options(settings, write_state)),
-        pool(static_cast<size_t>(std::max(settings.read_threads, 1))) {}
+        pool(static_cast<size_t>(std::max(settings.read_threads, 1))) {
+    options.compaction_filter_factory = disposal;
+  }
 
   // Every call that touches the database holds this.
   std::shared_lock<std::shared_mutex> enter(std::string_view operation) const {
@@ -278,6 +326,7 @@ struct Engine {
 
   const StoreOptions settings;
   const std::shared_ptr<WriteState> write_state;
+  const std::shared_ptr<Disposal> disposal = std::make_shared<Disposal>();
   rocksdb::Options options;  // holds the block cache; emptied by close()
 
   // Shared by calls in progress, alone by close().
@@ -439,6 +488,7 @@ class RocksdbSnapshot final : public StoreSnapshot, public std::enable_shared_fr
  public:
   explicit RocksdbSnapshot(std::shared_ptr<Engine> engine) : engine_(std::move(engine)) {
     const auto lock = engine_->enter("snapshot");
+    engine_->disposal->note_snapshot(+1);
     snapshot_ = engine_->db->GetSnapshot();
     const std::lock_guard open_lock(engine_->open_mutex);
     engine_->snapshots.insert(snapshot_);
@@ -447,6 +497,7 @@ class RocksdbSnapshot final : public StoreSnapshot, public std::enable_shared_fr
     const std::shared_lock lock(engine_->gate);
     const std::lock_guard open_lock(engine_->open_mutex);
     if (engine_->snapshots.erase(snapshot_) > 0) engine_->db->ReleaseSnapshot(snapshot_);
+    engine_->disposal->note_snapshot(-1);
   }
   std::unique_ptr<StoreIterator> scan(const StoredKey& first, const std::optional<StoredKey>& last) const override;
 
@@ -589,6 +640,11 @@ class RocksdbStore final : public Store {
   std::shared_ptr<const StoreSnapshot> snapshot() const override { return std::make_shared<RocksdbSnapshot>(engine_); }
 
   std::vector<LinkedFile> link_into(const fs::path& directory) override;
+  void set_disposable(Disposable disposable) override {
+    const auto lock = engine_->enter("set_disposable");
+    engine_->disposal->set(std::move(disposable));
+  }
+  void compact(std::atomic<bool>* cancelled) override;
   StoreStats stats() const override;
   void close() override;
 
@@ -735,6 +791,18 @@ std::vector<LinkedFile> RocksdbStore::link_into(const fs::path& directory) {
   }
 }
 
+void RocksdbStore::compact(std::atomic<bool>* cancelled) {
+  const auto lock = engine_->enter("compact");
+  rocksdb::CompactRangeOptions options;
+  options.exclusive_manual_compaction = false;
+  options.canceled = cancelled;
+  // Else tables that are at the bottom already stay as they are.
+  options.bottommost_level_compaction = rocksdb::BottommostLevelCompaction::kForce;
+  // Closing the store ends it early, too.
+  const rocksdb::Status status = engine_->db->CompactRange(options, nullptr, nullptr);
+  if (!status.IsIncomplete() && !status.IsShutdownInProgress()) engine_->check_status("compact", status);
+}
+
 StoreStats RocksdbStore::stats() const {
   const auto lock = engine_->enter("stats");
   StoreStats stats;
@@ -756,6 +824,7 @@ StoreStats RocksdbStore::stats() const {
 void RocksdbStore::close() {
   engine_->closing = true;
   engine_->write_state->stop_waiting();
+  if (const std::shared_lock lock(engine_->gate); engine_->db != nullptr) engine_->db->DisableManualCompaction();
   const std::lock_guard lock(engine_->gate);
   if (engine_->db == nullptr) return;
   const BlockedSignals blocked;

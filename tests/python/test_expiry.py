@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that go away: ttl by time and by steps, erased groups, and rows that come from outside (import_rows)."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import damo_embedding as de
+
+DAY = 86_400
+
+
+def embedding(storage: de.Storage, group: int | str = 0, **options: Any) -> de.Embedding:
+    return de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=2, group=group, **options)
+
+
+def update(table: de.Embedding, *keys: int) -> None:
+    table.apply_gradients(list(keys), -np.ones((len(keys), 2), np.float32))
+
+
+def keys_of(table: de.Embedding) -> set[int]:
+    return {int(key) for part in table.scan() for key in part.keys}
+
+
+@pytest.mark.parametrize(
+    ("ttl", "shown"),
+    [
+        (90, 90),
+        ("90", 90),
+        ("1.5m", 90),
+        ("12h", 12 * 3600),
+        ("30d", 30 * DAY),
+        ("2w", 14 * DAY),
+        (datetime.timedelta(hours=1), 3600),
+        (np.int64(5), 5),
+        (de.Steps(7), de.Steps(7)),
+        ("never", "never"),
+    ],
+)
+def test_a_ttl_is_said_in_many_ways(tmp_path: Path, ttl: Any, shown: Any) -> None:
+    with de.Storage(tmp_path / "s", memory="16MiB", ttl="1d") as storage:
+        assert embedding(storage, ttl=ttl).ttl == shown
+        assert embedding(storage, 1).ttl == DAY
+        assert [group["ttl"] for group in storage.stats()["groups"]] == [shown, DAY]
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        assert embedding(storage).ttl == shown
+
+
+@pytest.mark.parametrize("ttl", [0, -1, "", "d", "1 year", "-3d", 2**41, "nan", datetime.timedelta(0)])
+def test_a_ttl_out_of_range_is_a_value_error_and_makes_nothing(tmp_path: Path, ttl: Any) -> None:
+    with pytest.raises(ValueError, match="ttl is"):
+        de.Storage(tmp_path / "s", ttl=ttl)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("ttl", [True, 1.5, [30], b"30d"])
+def test_a_ttl_of_another_type_is_a_type_error(tmp_path: Path, ttl: Any) -> None:
+    with pytest.raises(TypeError, match=r"ttl is .*expected"):
+        de.Storage(tmp_path / "s", ttl=ttl)
+
+
+@pytest.mark.parametrize(
+    ("count", "error"), [(0, ValueError), (2**31, ValueError), (1.0, TypeError), (True, TypeError)]
+)
+def test_steps_are_checked(count: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"\[ttl\] count is"):
+        de.Steps(count)
+
+
+def test_an_expired_row_is_absent_everywhere_and_starts_anew(tmp_path: Path) -> None:
+    with de.Storage(tmp_path / "s", memory="16MiB", ttl="1d") as storage:
+        users = embedding(storage)
+        storage.now = 1_000
+        update(users, 1, 2)
+        storage.now = 1_000 + DAY
+        update(users, 2)
+        assert len(users) == 2
+        storage.now = 1_001 + DAY
+        assert len(users) == storage.stats()["rows"] == 1
+        assert keys_of(users) == {2}
+        assert users.contains([1, 2]).tolist() == [False, True]
+        assert users.inspect(1) is None
+        assert users.erase([1]) == 0
+        assert storage.dump(tmp_path / "dump") == 1
+        assert users.lookup([1, 2], insert=False)[:, 0].tolist() == [0.0, 2.0]
+        update(users, 1)
+        assert users.lookup([1])[0, 0] == 1.0
+        row = users.inspect(1)
+        assert row is not None
+        assert row.update_count == 1
+
+
+def test_a_clock_a_year_ahead_warns_at_commit_and_expires_nothing_before_it_is_confirmed(tmp_path: Path) -> None:
+    with de.Storage(tmp_path / "s", memory="16MiB", ttl="1d") as storage:
+        users = embedding(storage)
+        storage.now = 1_000
+        update(users, 1)
+        with pytest.raises(ValueError, match=r"\[now\] .* days after the last operation .*expire\(now="):
+            storage.now = 1_000 + 400 * DAY
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        users = embedding(storage)
+        with pytest.warns(RuntimeWarning, match="days ahead of the last operation"):
+            storage.commit()
+        assert len(users) == 1
+        assert storage.stats()["clock_held_seconds"] > 366 * DAY
+        assert storage.expire() == 1
+        assert len(users) == 0
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        assert len(embedding(storage)) == 0
+
+
+def test_expire_takes_a_time_of_yours(tmp_path: Path) -> None:
+    with de.Storage(tmp_path / "s", memory="16MiB", ttl="1d") as storage:
+        users = embedding(storage)
+        storage.now = 1_000
+        update(users, 1, 2)
+        assert storage.expire(now=1_000 + 500 * DAY) == 2
+        assert storage.now == 1_000 + 500 * DAY
+        assert storage.expire(now=5) == 0
+
+
+def test_a_dropped_group_says_so_and_its_name_is_free(tmp_path: Path) -> None:
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        users = embedding(storage, "user")
+        update(users, 1)
+        with pytest.raises(ValueError, match=r"\[drop_group\] there is no group 'item'; the storage has \['user'\]"):
+            storage.drop_group("item")
+        storage.drop_group("user")
+        assert storage.groups() == {}
+        for call in (lambda: len(users), lambda: users.lookup([1]), lambda: update(users, 1), lambda: users.erase([1])):
+            with pytest.raises(ValueError, match='group "user" was dropped'):
+                call()
+        assert len(embedding(storage, "user")) == 0
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        assert len(embedding(storage, "user")) == 0
+
+
+def test_imported_rows_carry_weights_state_and_counts_to_another_storage(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with de.Storage(tmp_path / "a", memory="16MiB") as a, de.Storage(tmp_path / "b", memory="16MiB") as b:
+        old, new = (de.Embedding(s, de.Adam(lr=0.1), de.Uniform(-1, 1), dimension=4, group="x") for s in (a, b))
+        keys = np.arange(1000)
+        for _ in range(3):
+            some = rng.choice(keys, 600, replace=False)
+            old.apply_gradients(some, rng.standard_normal((600, 4)).astype(np.float32))
+        for part in old.scan(batch=300):
+            new.import_rows(part.keys, part.weights, part.state, part.update_counts)
+        assert len(new) == len(old)
+        gradients = rng.standard_normal((1000, 4)).astype(np.float32)
+        for table in (old, new):  # the same rows go on in the same way
+            table.apply_gradients(keys, gradients)
+        np.testing.assert_array_equal(old.lookup(keys), new.lookup(keys))
+
+
+def test_imported_weights_start_with_the_state_of_a_new_row(tmp_path: Path) -> None:
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        optimizer = de.Adagrad(lr=1.0, initial_accumulator_value=0.5)
+        table = de.Embedding(storage, optimizer, de.Zeros(), dimension=2, group=0)
+        table.import_rows([4], np.full((1, 2), 3, np.float32))
+        row = table.inspect(4)
+        assert row is not None
+        assert row.weights.tolist() == [3, 3]
+        assert row.state["sum"].tolist() == [0.5, 0.5]
+        assert row.update_count == 0
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        table = de.Embedding(storage, optimizer, de.Zeros(), dimension=2, group=0)
+        assert table.lookup([4]).tolist() == [[3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (([1, 1], np.zeros((2, 2), np.float32)), ValueError, "key 1 stands twice"),
+        (([1], np.full((1, 2), np.nan, np.float32)), ValueError, "key 1 has a NaN or an infinity"),
+        (([1], np.zeros((1, 3), np.float32)), ValueError, r"weights has shape \(1, 3\), expected \(1, 2\)"),
+        (([1], np.zeros((1, 2))), TypeError, "weights has dtype float64"),
+        (([[1]], np.zeros((1, 2), np.float32)), ValueError, "expected one dimension"),
+        (([1.0], np.zeros((1, 2), np.float32)), TypeError, "keys have dtype float64"),
+        (
+            ([1], np.zeros((1, 2), np.float32), {"sum": np.zeros((1, 2), np.float32)}),
+            ValueError,
+            r"state has \['sum'\]",
+        ),
+        (([1], np.zeros((1, 2), np.float32), None, [-1]), ValueError, "counts are -1"),
+        (([1], np.zeros((1, 2), np.float32), None, [2**32]), ValueError, "counts are"),
+        (([1], np.zeros((1, 2), np.float32), None, [1.5]), TypeError, "counts have dtype float64"),
+        (([1], np.zeros((1, 2), np.float32), None, [1, 2]), ValueError, "counts have shape"),
+    ],
+)
+def test_bad_rows_are_refused_whole(tmp_path: Path, arguments: Any, error: type[Exception], match: str) -> None:
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        table = embedding(storage)
+        before = storage.stats()["sequence"]
+        with pytest.raises(error, match=match):
+            table.import_rows(*arguments)
+        assert len(table) == 0
+        assert storage.stats()["sequence"] == before
+
+
+def test_the_disk_limit_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="disk is 1000 bytes, expected at least 67108864"):
+        de.Storage(tmp_path / "s", disk=1000)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    operations=st.lists(
+        st.one_of(
+            st.tuples(st.just("wait"), st.integers(0, 40)),
+            st.tuples(st.just("update"), st.sets(st.integers(0, 30), min_size=1, max_size=8)),
+            st.tuples(st.just("look"), st.sets(st.integers(0, 30), min_size=1, max_size=8)),
+            st.tuples(st.just("erase"), st.sets(st.integers(0, 30), min_size=1, max_size=8)),
+            st.tuples(st.just("reopen"), st.just(0)),
+        ),
+        max_size=40,
+    ),
+    ttl=st.integers(1, 60),
+)
+def test_rows_live_and_die_as_a_dict_with_times_does(
+    tmp_path_factory: pytest.TempPathFactory, operations: list[tuple[str, Any]], ttl: int
+) -> None:
+    path = tmp_path_factory.mktemp("ttl") / "s"
+    storage = de.Storage(path, memory="16MiB", ttl=ttl)
+    try:
+        now, rows = 1_000, dict[int, tuple[int, int]]()  # key: last update, count
+        storage.now = now
+        table = embedding(storage)
+        for verb, value in operations:
+            if verb == "wait":
+                now += value
+                storage.now = now
+                rows = {key: row for key, row in rows.items() if now - row[0] <= ttl}
+            elif verb == "update":
+                update(table, *value)
+                rows |= {key: (now, rows.get(key, (0, 0))[1] + 1) for key in value}
+            elif verb == "look":
+                found = table.lookup(list(value))[:, 0]
+                assert found.tolist() == [rows.get(key, (0, 0))[1] for key in value]
+                rows |= {key: (now, 0) for key in value if key not in rows}
+            elif verb == "erase":
+                assert table.erase(list(value)) == len(value & rows.keys())
+                rows = {key: row for key, row in rows.items() if key not in value}
+            else:
+                storage.close()
+                storage = de.Storage(path, memory="16MiB")
+                storage.now = now
+                table = embedding(storage)
+            assert len(table) == len(rows)
+        assert {
+            int(key): int(count)
+            for part in table.scan()
+            for key, count in zip(part.keys, part.update_counts, strict=True)
+        } == {key: count for key, (_, count) in rows.items()}
+        assert math.isfinite(storage.stats()["clock_held_seconds"])
+    finally:
+        storage.close()
