@@ -11,7 +11,7 @@ namespace {
 // numbers: 0 lr, 1 eps, 2 weight_decay
 template <bool kDecay>
 struct AdagradKernel {
-  static constexpr size_t kStateBlocks = 1;
+  static constexpr size_t state_floats(size_t dimension) noexcept { return dimension; }
   float lr;
   float eps;
   float weight_decay;

@@ -35,7 +35,7 @@ struct AdamConstants {
 // torch.optim.Adam. Its division by sqrt(1 - beta2^n) is a multiplication here: one division a weight, not two.
 template <bool kDecay, class Corrections>
 struct AdamRowKernel {
-  static constexpr size_t kStateBlocks = 2;
+  static constexpr size_t state_floats(size_t dimension) noexcept { return 2 * dimension; }
   AdamConstants constants;
   const Corrections& corrections;
 
@@ -65,7 +65,7 @@ struct AdamRowKernel {
 // torch.optim.SparseAdam.
 template <bool kDecay>
 struct AdamGlobalKernel {
-  static constexpr size_t kStateBlocks = 2;
+  static constexpr size_t state_floats(size_t dimension) noexcept { return 2 * dimension; }
   AdamConstants constants;
 
   template <size_t kDimension>

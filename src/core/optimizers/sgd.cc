@@ -8,7 +8,7 @@ namespace {
 // numbers: 0 lr, 1 weight_decay
 template <bool kDecay>
 struct SgdKernel {
-  static constexpr size_t kStateBlocks = 0;
+  static constexpr size_t state_floats(size_t) noexcept { return 0; }
   float lr;
   float weight_decay;
 
