@@ -7,6 +7,8 @@ import math
 import numbers
 from typing import ClassVar
 
+import numpy as np
+
 __all__ = ["Optimizer"]
 
 _MAX_FLOAT = 3.4028234663852886e38  # the largest float32
@@ -26,6 +28,13 @@ def _number(owner: str, name: str, value: object, lowest: float, highest: float)
     if not lowest <= number <= highest:
         raise ValueError(f"[{owner}] {name} is {value!r}, expected a number in [{lowest:.8g}, {highest:.8g}]")
     return number
+
+
+def _flag(owner: str, name: str, value: object) -> bool:
+    """`value` as a bool: a number that is 0 or 1 is none."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"[{owner}] {name} is {value!r} ({type(value).__name__}), expected True or False")
+    return bool(value)
 
 
 def _beta_pair(owner: str, betas: object) -> tuple[float, float]:
@@ -53,3 +62,7 @@ class Optimizer:
         """Checks a field and keeps it as a float."""
         value = _number(type(self).__name__, field, getattr(self, field), lowest, highest)
         object.__setattr__(self, field, value)
+
+    def _take_flag(self, field: str) -> None:
+        """Checks a field and keeps it as a bool."""
+        object.__setattr__(self, field, _flag(type(self).__name__, field, getattr(self, field)))
