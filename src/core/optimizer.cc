@@ -17,9 +17,11 @@ struct Entry {
 
 // Every optimizer there is. Names and ids are part of the persistent format: add, never change.
 constexpr Entry kOptimizers[] = {
-    {"sgd", make_sgd},
-    {"adagrad", make_adagrad},
-    {"adam", make_adam},
+    {"sgd", make_sgd},         {"adagrad", make_adagrad},
+    {"adam", make_adam},       {"rowwise_adagrad", make_rowwise_adagrad},
+    {"amsgrad", make_amsgrad}, {"adamw", make_adamw},
+    {"lion", make_lion},       {"rmsprop", make_rmsprop},
+    {"ftrl", make_ftrl},
 };
 
 }  // namespace

@@ -27,6 +27,12 @@ double SettingsReader::number(std::string_view name, std::optional<double> defau
   return value;
 }
 
+bool SettingsReader::flag(std::string_view name, bool default_value) {
+  const double value = number(name, default_value ? 1.0 : 0.0, 0.0, 1.0);
+  if (value != 0.0 && value != 1.0) fail(std::string(name) + " is " + format_number(value) + ", expected 0 or 1");
+  return value == 1.0;
+}
+
 void SettingsReader::expect_all_taken() const {
   for (const auto& [name, value] : settings_) {
     if (std::find(taken_.begin(), taken_.end(), name) != taken_.end()) continue;

@@ -33,6 +33,8 @@ class SettingsReader {
 
   // The setting, or its default when it was not given; without a default it must be given.
   double number(std::string_view name, std::optional<double> default_value, double lowest, double highest);
+  // 0 or 1, as a bool.
+  bool flag(std::string_view name, bool default_value);
   // Throws when a setting was given that nobody asked for.
   void expect_all_taken() const;
   [[noreturn]] void fail(const std::string& what) const;

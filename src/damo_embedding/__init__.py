@@ -19,15 +19,29 @@ from damo_embedding.errors import (
 from damo_embedding.hashing import hash_keys
 from damo_embedding.initializers import Constant, Initializer, Normal, Ones, TruncatedNormal, Uniform, Zeros
 from damo_embedding.lifetimes import Steps
-from damo_embedding.optimizers import SGD, Adagrad, Adam, Optimizer
+from damo_embedding.optimizers import (
+    FTRL,
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    AMSGrad,
+    Lion,
+    Optimizer,
+    RMSprop,
+    RowWiseAdagrad,
+)
 from damo_embedding.storage import Storage
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FTRL",
     "SGD",
+    "AMSGrad",
     "Adagrad",
     "Adam",
+    "AdamW",
     "AlreadyOpenError",
     "ClosedError",
     "Constant",
@@ -36,10 +50,13 @@ __all__ = [
     "Embedding",
     "ForkedHandleError",
     "Initializer",
+    "Lion",
     "Normal",
     "Ones",
     "Optimizer",
+    "RMSprop",
     "RowInfo",
+    "RowWiseAdagrad",
     "Rows",
     "SchemaMismatchError",
     "Steps",

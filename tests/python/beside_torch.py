@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,13 +18,36 @@ torch.set_num_threads(1)
 # torch warns when a sparse optimizer makes a tensor and nobody has said whether to check it.
 torch.sparse.check_sparse_tensor_invariants.disable()
 
+Pair = tuple[de.Optimizer, Callable[..., torch.optim.Optimizer]]
 # Ours, and what of torch.optim it equals on sparse gradients.
-OPTIMIZERS: dict[str, tuple[de.SGD | de.Adagrad | de.Adam, Callable[..., torch.optim.Optimizer]]] = {
+OPTIMIZERS: dict[str, Pair] = {
     "sgd": (de.SGD(lr=0.1), lambda parameters: torch.optim.SGD(parameters, lr=0.1)),
     "adagrad": (de.Adagrad(lr=0.05), lambda parameters: torch.optim.Adagrad(parameters, lr=0.05)),
     "adam": (
         de.Adam(lr=0.01, bias_correction="global"),
         lambda parameters: torch.optim.SparseAdam(parameters, lr=0.01),
+    ),
+}
+
+
+def _pair(ours: Callable[..., de.Optimizer], theirs: Callable[..., torch.optim.Optimizer], **arguments: Any) -> Pair:
+    return ours(**arguments), lambda parameters: theirs(parameters, **arguments)
+
+
+# torch.optim's others take dense gradients alone, and then move every row in every step. When every batch has every
+# row, ours are equal to them too, state that goes on between batches included.
+DENSE_OPTIMIZERS: dict[str, Pair] = {
+    "sgd with momentum": _pair(de.SGD, torch.optim.SGD, lr=0.05, momentum=0.9, dampening=0.25, weight_decay=0.01),
+    "sgd with nesterov's": _pair(de.SGD, torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
+    "adagrad with decays": _pair(de.Adagrad, torch.optim.Adagrad, lr=0.05, lr_decay=0.01, weight_decay=0.01),
+    "adam by the row": _pair(de.Adam, torch.optim.Adam, lr=0.01, weight_decay=0.01),
+    "amsgrad": (de.AMSGrad(lr=0.01), lambda parameters: torch.optim.Adam(parameters, lr=0.01, amsgrad=True)),
+    "adamw": _pair(de.AdamW, torch.optim.AdamW, lr=0.01),
+    # At a minimum the others' steps vanish; RMSprop's are as long as ever where eps is small, and their signs a matter
+    # of the last bit.
+    "rmsprop": _pair(de.RMSprop, torch.optim.RMSprop, lr=0.005, eps=0.01),
+    "centered rmsprop with momentum": _pair(
+        de.RMSprop, torch.optim.RMSprop, lr=0.001, eps=0.01, momentum=0.5, centered=True
     ),
 }
 
@@ -34,10 +58,10 @@ class BesideTorch:
     """`ours` and `theirs` look up the same indices of a small vocabulary; in our storage an index is a 64-bit
     key."""
 
-    def __init__(self, storage: de.Storage, optimizer: str, *, padding: int | None = None) -> None:
+    def __init__(self, storage: de.Storage, optimizer: str, *, padding: int | None = None, dense: bool = False) -> None:
         generator = torch.Generator().manual_seed(7)
         self.keys = torch.randint(-(1 << 63), (1 << 63) - 1, (VOCABULARY,), generator=generator)
-        ours, theirs = OPTIMIZERS[optimizer]
+        ours, theirs = (DENSE_OPTIMIZERS if dense else OPTIMIZERS)[optimizer]
         self.module = Embedding(
             storage,
             group="beside",
@@ -50,7 +74,7 @@ class BesideTorch:
         if padding is not None:
             first[padding] = 0.0
         self.padding = padding
-        self.theirs = torch.nn.Embedding.from_pretrained(first, freeze=False, sparse=True, padding_idx=padding)
+        self.theirs = torch.nn.Embedding.from_pretrained(first, freeze=False, sparse=not dense, padding_idx=padding)
         self.their_optimizer = theirs(self.theirs.parameters())
         # Fixed: what comes after the lookup and what it should give.
         self.head = torch.randn(DIMENSION, 3, generator=generator)

@@ -22,6 +22,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Words = npt.NDArray[np.uint64]
+Counts = npt.NDArray[np.int64]
+State = Mapping[str, Floats]
 f32 = np.float32
 
 MASK64 = (1 << 64) - 1
@@ -44,10 +46,20 @@ def power(base: float, exponent: int) -> float:
 # -------------------------------------------------------------- optimizers
 
 
+@dataclass(frozen=True)
+class Step:
+    """What an update knows beside the rows."""
+
+    lr: float
+    group: int  # the group's number of updates, this one included
+    counts: Counts  # each row's
+
+
 class ReferenceOptimizer:
     """One optimizer over rows [n, d]: `update` changes weights and state in place."""
 
-    entries: ClassVar[tuple[str, ...]] = ()  # names of the state blocks, in their order in the row
+    entries: tuple[str, ...] = ()  # names of the state blocks, in their order in the row
+    one_a_row: ClassVar[bool] = False  # a block is [n, 1], not [n, d]
     defaults: ClassVar[dict[str, float]] = {}
 
     def __init__(self, settings: Mapping[str, float]) -> None:
@@ -60,12 +72,13 @@ class ReferenceOptimizer:
         return self.settings["lr"]
 
     def initial_state(self, rows: int, dimension: int) -> dict[str, Floats]:
-        return {name: np.zeros((rows, dimension), f32) for name in self.entries}
+        start = self.settings.get("initial_accumulator_value", 0.0)
+        return {name: np.full((rows, 1 if self.one_a_row else dimension), start, f32) for name in self.entries}
 
     def update(
         self,
         weights: Floats,
-        state: Mapping[str, Floats],
+        state: State,
         gradients: Floats,
         *,
         lr: float | None = None,
@@ -78,17 +91,9 @@ class ReferenceOptimizer:
         counts = np.broadcast_to(np.asarray(update_counts, dtype=np.int64), weights.shape[:1])
         rate = self.lr if lr is None else lr
         with np.errstate(over="ignore", under="ignore"):
-            self._update(weights, state, gradients, rate, group_step, counts)
+            self._update(weights, state, gradients, Step(rate, group_step, counts))
 
-    def _update(
-        self,
-        weights: Floats,
-        state: Mapping[str, Floats],
-        gradients: Floats,
-        lr: float,
-        group_step: int,
-        counts: npt.NDArray[np.int64],
-    ) -> None:
+    def _update(self, weights: Floats, state: State, gradients: Floats, step: Step) -> None:
         raise NotImplementedError
 
     def _decayed(self, weights: Floats, gradients: Floats) -> Floats:
@@ -97,48 +102,67 @@ class ReferenceOptimizer:
 
 
 class ReferenceSGD(ReferenceOptimizer):
-    defaults: ClassVar[dict[str, float]] = {"lr": 1e-3, "weight_decay": 0.0}
+    defaults: ClassVar[dict[str, float]] = {
+        "lr": 1e-3,
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+        "nesterov": 0.0,
+    }
 
-    def _update(
-        self,
-        weights: Floats,
-        state: Mapping[str, Floats],
-        gradients: Floats,
-        lr: float,
-        group_step: int,
-        counts: npt.NDArray[np.int64],
-    ) -> None:
-        weights -= f32(lr) * self._decayed(weights, gradients)
+    def __init__(self, settings: Mapping[str, float]) -> None:
+        super().__init__(settings)
+        self.entries = ("momentum_buffer",) if self.settings["momentum"] != 0.0 else ()
+
+    def _update(self, weights: Floats, state: State, gradients: Floats, step: Step) -> None:
+        g = self._decayed(weights, gradients)
+        momentum = f32(self.settings["momentum"])
+        if self.entries:
+            taken = np.where(step.counts == 1, f32(1.0), f32(1.0 - self.settings["dampening"]))[:, np.newaxis]
+            b = state["momentum_buffer"]
+            b[...] = momentum * b + taken * g
+            g = g + momentum * b if self.settings["nesterov"] == 1.0 else b
+        weights -= f32(step.lr) * g
 
 
 class ReferenceAdagrad(ReferenceOptimizer):
-    entries: ClassVar[tuple[str, ...]] = ("sum",)
+    entries = ("sum",)
     defaults: ClassVar[dict[str, float]] = {
         "lr": 1e-2,
-        "eps": 1e-10,
+        "lr_decay": 0.0,
         "weight_decay": 0.0,
         "initial_accumulator_value": 0.0,
+        "eps": 1e-10,
     }
 
-    def initial_state(self, rows: int, dimension: int) -> dict[str, Floats]:
-        return {"sum": np.full((rows, dimension), self.settings["initial_accumulator_value"], f32)}
-
-    def _update(
-        self,
-        weights: Floats,
-        state: Mapping[str, Floats],
-        gradients: Floats,
-        lr: float,
-        group_step: int,
-        counts: npt.NDArray[np.int64],
-    ) -> None:
+    def _update(self, weights: Floats, state: State, gradients: Floats, step: Step) -> None:
         g = self._decayed(weights, gradients)
-        state["sum"][...] += g * g
-        weights -= (f32(lr) * g) / (np.sqrt(state["sum"]) + f32(self.settings["eps"]))
+        state["sum"][...] += self._squares(g)
+        rate = (step.lr / (1.0 + (step.counts - 1) * self.settings["lr_decay"])).astype(f32)[:, np.newaxis]
+        weights -= (rate * g) / (np.sqrt(state["sum"]) + f32(self.settings["eps"]))
+
+    def _squares(self, g: Floats) -> Floats:
+        return g * g
+
+
+class ReferenceRowWiseAdagrad(ReferenceAdagrad):
+    one_a_row: ClassVar[bool] = True
+
+    def _squares(self, g: Floats) -> Floats:
+        """The mean of the squares: sixteen sums of every sixteenth weight, added up by halves."""
+        rows, dimension = g.shape
+        padded = np.zeros((rows, -(-dimension // 16) * 16), f32)
+        padded[:, :dimension] = g * g
+        sums = np.zeros((rows, 16), f32)
+        for begin in range(0, padded.shape[1], 16):
+            sums += padded[:, begin : begin + 16]
+        for half in (8, 4, 2, 1):
+            sums = sums[:, :half] + sums[:, half:]
+        return sums / f32(dimension)
 
 
 class ReferenceAdam(ReferenceOptimizer):
-    entries: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    entries = ("exp_avg", "exp_avg_sq")
     defaults: ClassVar[dict[str, float]] = {
         "lr": 1e-3,
         "beta1": 0.9,
@@ -148,38 +172,151 @@ class ReferenceAdam(ReferenceOptimizer):
         "bias_correction": 0.0,
     }
 
-    def _update(
-        self,
-        weights: Floats,
-        state: Mapping[str, Floats],
-        gradients: Floats,
-        lr: float,
-        group_step: int,
-        counts: npt.NDArray[np.int64],
-    ) -> None:
-        beta1, beta2 = self.settings["beta1"], self.settings["beta2"]
-        eps = f32(self.settings["eps"])
-        m, v = state["exp_avg"], state["exp_avg_sq"]
+    def _update(self, weights: Floats, state: State, gradients: Floats, step: Step) -> None:
         g = self._decayed(weights, gradients)
-        m += f32(1.0 - beta1) * (g - m)
         if self.settings["bias_correction"] == 1.0:
-            v += f32(1.0 - beta2) * (g * g - v)
-            step = f32(lr * math.sqrt(1.0 - power(beta2, group_step)) / (1.0 - power(beta1, group_step)))
-            weights -= step * (m / (np.sqrt(v) + eps))
-            return
+            weights -= self._moved_by_group(state, g, step)
+        else:
+            weights -= self._moved(state, g, step)
+
+    def _moved_by_group(self, state: State, g: Floats, step: Step) -> Floats:
+        """How far each weight goes, corrected by the group's count."""
+        beta1, beta2 = self.settings["beta1"], self.settings["beta2"]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        m += f32(1.0 - beta1) * (g - m)
+        v += f32(1.0 - beta2) * (g * g - v)
+        size = f32(step.lr * math.sqrt(1.0 - power(beta2, step.group)) / (1.0 - power(beta1, step.group)))
+        return size * (m / (np.sqrt(v) + f32(self.settings["eps"])))
+
+    def _moved(self, state: State, g: Floats, step: Step) -> Floats:
+        """How far each weight goes, corrected by the row's own count."""
+        beta1, beta2 = self.settings["beta1"], self.settings["beta2"]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        m += f32(1.0 - beta1) * (g - m)
         v[...] = f32(beta2) * v + (f32(1.0 - beta2) * g) * g
-        distinct, where = np.unique(counts, return_inverse=True)
+        distinct, where = np.unique(step.counts, return_inverse=True)
         first = [f32(1.0 / (1.0 - power(beta1, int(n)))) for n in distinct]
         second = [f32(1.0 / math.sqrt(1.0 - power(beta2, int(n)))) for n in distinct]
-        rate = (f32(lr) * np.array(first, f32))[where][:, np.newaxis]
+        rate = (f32(step.lr) * np.array(first, f32))[where][:, np.newaxis]
         root = np.array(second, f32)[where][:, np.newaxis]
-        weights -= (rate * m) / (np.sqrt(v) * root + eps)
+        return (rate * m) / (np.sqrt(self._under_the_root(state)) * root + f32(self.settings["eps"]))
+
+    def _under_the_root(self, state: State) -> Floats:
+        return state["exp_avg_sq"]
+
+
+class ReferenceAMSGrad(ReferenceAdam):
+    entries = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    defaults: ClassVar[dict[str, float]] = {
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+    }
+
+    def _update(self, weights: Floats, state: State, gradients: Floats, step: Step) -> None:
+        weights -= self._moved(state, self._decayed(weights, gradients), step)
+
+    def _under_the_root(self, state: State) -> Floats:
+        largest = state["max_exp_avg_sq"]
+        largest[...] = np.maximum(largest, state["exp_avg_sq"])
+        return largest
+
+
+class ReferenceAdamW(ReferenceAdam):
+    defaults: ClassVar[dict[str, float]] = {
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 1e-2,
+    }
+
+    def _update(self, weights: Floats, state: State, gradients: Floats, step: Step) -> None:
+        kept = f32(1.0 - step.lr * self.settings["weight_decay"])
+        weights[...] = kept * weights - self._moved(state, gradients, step)
+
+
+class ReferenceLion(ReferenceOptimizer):
+    entries = ("exp_avg",)
+    defaults: ClassVar[dict[str, float]] = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0}
+
+    def _update(self, weights: Floats, state: State, gradients: Floats, step: Step) -> None:
+        beta1, beta2 = self.settings["beta1"], self.settings["beta2"]
+        m = state["exp_avg"]
+        direction = np.sign(f32(beta1) * m + f32(1.0 - beta1) * gradients)
+        m[...] = f32(beta2) * m + f32(1.0 - beta2) * gradients
+        weights -= f32(step.lr) * direction + f32(step.lr * self.settings["weight_decay"]) * weights
+
+
+class ReferenceRMSprop(ReferenceOptimizer):
+    defaults: ClassVar[dict[str, float]] = {
+        "lr": 1e-2,
+        "alpha": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "momentum": 0.0,
+        "centered": 0.0,
+    }
+
+    def __init__(self, settings: Mapping[str, float]) -> None:
+        super().__init__(settings)
+        self.entries = ("square_avg",)
+        self.entries += ("grad_avg",) if self.settings["centered"] == 1.0 else ()
+        self.entries += ("momentum_buffer",) if self.settings["momentum"] != 0.0 else ()
+
+    def _update(self, weights: Floats, state: State, gradients: Floats, step: Step) -> None:
+        alpha = self.settings["alpha"]
+        g = self._decayed(weights, gradients)
+        v = state["square_avg"]
+        v[...] = f32(alpha) * v + (f32(1.0 - alpha) * g) * g
+        variance = v
+        if "grad_avg" in state:
+            m = state["grad_avg"]
+            m += f32(1.0 - alpha) * (g - m)
+            variance = np.maximum(v - m * m, f32(0.0))
+        root = np.sqrt(variance) + f32(self.settings["eps"])
+        if "momentum_buffer" in state:
+            b = state["momentum_buffer"]
+            b[...] = f32(self.settings["momentum"]) * b + g / root
+            weights -= f32(step.lr) * b
+        else:
+            weights -= (f32(step.lr) * g) / root
+
+
+class ReferenceFTRL(ReferenceOptimizer):
+    entries = ("z", "n")
+    defaults: ClassVar[dict[str, float]] = {"lr": 5e-3, "beta": 1.0, "lambda1": 0.0, "lambda2": 0.0}
+
+    def _update(self, weights: Floats, state: State, gradients: Floats, step: Step) -> None:
+        if step.lr < np.finfo(f32).tiny:
+            return
+        lr, g, z, n = f32(step.lr), gradients, state["z"], state["n"]
+        lambda1 = f32(self.settings["lambda1"])
+        before = np.sqrt(n)
+        n += g * g
+        after = np.sqrt(n)
+        sigma = (after - before) * (f32(1.0) / lr)
+        z += g - sigma * weights
+        divisor = (f32(self.settings["beta"]) + after) + lr * f32(self.settings["lambda2"])
+        known = n != 0.0
+        kept = np.abs(z) <= lambda1
+        solved = np.zeros_like(z)
+        np.divide(lr * (np.copysign(lambda1, z) - z), divisor, out=solved, where=known & ~kept)
+        weights[...] = np.where(known, solved, weights)
 
 
 OPTIMIZERS: dict[str, type[ReferenceOptimizer]] = {
     "sgd": ReferenceSGD,
     "adagrad": ReferenceAdagrad,
     "adam": ReferenceAdam,
+    "rowwise_adagrad": ReferenceRowWiseAdagrad,
+    "amsgrad": ReferenceAMSGrad,
+    "adamw": ReferenceAdamW,
+    "lion": ReferenceLion,
+    "rmsprop": ReferenceRMSprop,
+    "ftrl": ReferenceFTRL,
 }
 
 

@@ -474,6 +474,40 @@ def test_another_rate_may_be_given_in_the_next_run(path: Path) -> None:
         assert embedding.lookup([1])[0, 0] == -1.5
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (de.SGD(lr=0.1, momentum=0.9), de.SGD(lr=0.2, momentum=0.5, nesterov=True, weight_decay=0.1)),
+        (de.Adagrad(lr=0.1), de.Adagrad(lr=0.2, lr_decay=0.5, eps=0.1)),
+        (de.RowWiseAdagrad(lr=0.1), de.RowWiseAdagrad(lr=0.2, lr_decay=0.5, weight_decay=0.1)),
+        (de.Adam(lr=0.1), de.Adam(lr=0.2, betas=(0.5, 0.5), bias_correction="global")),
+        (de.AMSGrad(lr=0.1), de.AMSGrad(lr=0.2, betas=(0.5, 0.5))),
+        (de.AdamW(lr=0.1), de.AdamW(lr=0.2, weight_decay=0.5)),
+        (de.RMSprop(centered=True), de.RMSprop(centered=True, alpha=0.5)),
+        (de.Lion(lr=0.1), de.Lion(lr=0.2, betas=(0.5, 0.5))),
+        (de.FTRL(lr=0.1), de.FTRL(lr=0.2, beta=0.5, lambda1=0.1, lambda2=0.1)),
+    ],
+    ids=str,
+)
+def test_settings_may_change_from_run_to_run_while_the_state_entries_stay(
+    path: Path, random: np.random.Generator, before: de.Optimizer, after: de.Optimizer
+) -> None:
+    table: ReferenceTable | None = None
+    for optimizer in (before, after):
+        with de.Storage(path, memory="16MiB") as storage:
+            embedding = make(storage, optimizer=optimizer)
+            oracle = reference_of(embedding)
+            if table is None:
+                table = oracle
+            table.optimizer, table.lr = oracle.optimizer, oracle.lr
+            storage.now = table.now = 5_000_000_000
+            for _ in range(5):
+                keys, values = random.integers(0, 9, 6), random.standard_normal((6, DIMENSION)).astype(f32)
+                embedding.apply_gradients(keys, values)
+                table.apply_gradients(keys, values)
+            assert_equals_reference(embedding, table)
+
+
 # ------------------------------------------------------------------ groups
 
 
@@ -552,6 +586,12 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": de.Adagrad(initial_accumulator_value=1.0), "group": 8},
         "starting at 1",
     ),
+    "momentum": ({"optimizer": de.SGD(momentum=0.9), "group": 9}, r"state \[\], opened with \[momentum_buffer\]"),
+    "centering": (
+        {"optimizer": de.RMSprop(centered=True), "group": 10},
+        r"\[square_avg\], opened with \[square_avg, grad_avg\]",
+    ),
+    "one accumulator a row": ({"optimizer": de.RowWiseAdagrad(), "group": 8}, "adagrad, opened with rowwise_adagrad"),
     "initializer": ({"initializer": de.Zeros()}, "initializer uniform.*opened with zeros"),
     "initializer's bounds": ({"initializer": de.Uniform(-1.0, 2.0)}, "high=1.*opened with.*high=2"),
     "seed": ({"seed": 4}, "seed 3, opened with 4"),
@@ -564,7 +604,13 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_group_opened_with_other_settings_is_refused_and_stays(path: Path, what: str, reopened: bool) -> None:
     settings, message = OTHERS[what]
     storage = de.Storage(path, memory="16MiB")
-    groups = [{"group": 7}, {"group": 8, "optimizer": de.Adagrad()}, {"group": "user"}]
+    groups = [
+        {"group": 7},
+        {"group": 8, "optimizer": de.Adagrad()},
+        {"group": 9, "optimizer": de.SGD()},
+        {"group": 10, "optimizer": de.RMSprop()},
+        {"group": "user"},
+    ]
     for group in groups:
         make(storage, **group).apply_gradients([1], ones(1))
     if reopened:

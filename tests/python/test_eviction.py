@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import damo_embedding as de
-from comparing import assert_equals_reference, assert_same_rows, reference_of, rows_of
+from comparing import assert_equals_reference, assert_same_rows, reference_of, rows_of, rows_of_reference
+from optimizer_cases import CASES
 from reference import ReferenceTable
 from storage_server import Group, fork_server
 
@@ -152,6 +153,32 @@ def test_256_groups_of_other_dimensions_fit_into_one_small_storage(
     for embedding, table in zip(embeddings, tables, strict=True):
         keys = np.arange(12)
         np.testing.assert_array_equal(embedding.lookup(keys, insert=False), table.lookup(keys, insert=False))
+
+
+def test_rows_of_every_optimizer_come_back_from_the_disk_and_from_the_log(
+    tmp_path: Path, random: np.random.Generator
+) -> None:
+    """Every layout of a state: evicted, read back, and redone after a kill."""
+    groups = [Group(number, optimizer, de.Normal(), 1_000 + number) for number, optimizer in enumerate(CASES)]
+    tables = [ReferenceTable(g.optimizer, g.initializer, g.dimension, stream=g.group) for g in groups]
+    with fork_server() as server:
+        session = server.session()
+        session("open", tmp_path / "table.damo", groups, LATE, memory="16MiB", threads=2)
+        for _ in range(4):
+            for group, table in zip(groups, tables, strict=True):
+                keys = random.integers(0, 40, 30)
+                values = gradients(random, keys, group.dimension)
+                session("embedding_call", group.group, "apply_gradients", keys, values)
+                table.now = LATE
+                table.apply_gradients(keys, values)
+        assert session("storage_call", "stats")["evictions"] > 0
+        session.kill()
+        session = server.session()
+        session("open", tmp_path / "table.damo", groups, LATE, memory="16MiB", threads=2)
+        assert session("storage_call", "stats")["redone_records"] > 0
+        for group, table in zip(groups, tables, strict=True):
+            assert_same_rows(session("rows", group.group), rows_of_reference(table))
+        session.leave()
 
 
 def test_cold_rows_find_room_among_rows_of_other_sizes(tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ torch = pytest.importorskip("torch")
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import damo_embedding as de  # noqa: E402
-from beside_torch import DIMENSION, OPTIMIZERS, VOCABULARY, BesideTorch, LookUp, draw  # noqa: E402
+from beside_torch import (  # noqa: E402
+    DENSE_OPTIMIZERS,
+    DIMENSION,
+    OPTIMIZERS,
+    VOCABULARY,
+    BesideTorch,
+    LookUp,
+    draw,
+)
 from damo_embedding.torch import EmbeddingCollection, Feature, SparseOptimizer  # noqa: E402
 
 STEPS = 500
@@ -107,6 +115,18 @@ def test_updates_at_the_end_of_backward_equal_torch(
         beside.their_optimizer.step()
     assert beside.largest_difference() < TOLERANCE
     assert beside.module.embedding.step == STEPS
+
+
+@pytest.mark.parametrize("name", DENSE_OPTIMIZERS)
+def test_batches_of_every_row_equal_the_dense_optimizers_of_torch(storage: de.Storage, name: str) -> None:
+    beside = BesideTorch(storage, name, dense=True)
+    for step in range(STEPS):
+        ids = torch.cat([torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(step)), draw(step, 8)])
+        sum_loss(beside, beside.ours, ids).backward()
+        beside.their_optimizer.zero_grad()
+        sum_loss(beside, beside.theirs, ids).backward()
+        beside.their_optimizer.step()
+    assert beside.largest_difference() < TOLERANCE
 
 
 def test_accumulation_over_four_backwards_equals_torch(beside: BesideTorch) -> None:

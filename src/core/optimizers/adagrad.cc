@@ -2,17 +2,20 @@
 //
 // Duchi, Hazan, Singer: "Adaptive subgradient methods for online learning and
 // stochastic optimization", JMLR 2011; the form of torch.optim.Adagrad.
+#include "decayed_rate.h"
 #include "list.h"
 #include "row_loop.h"
 
 namespace damo {
 namespace {
 
-// numbers: 0 lr, 1 eps, 2 weight_decay
-template <bool kDecay>
+// numbers: 0 lr, 1 eps, 2 weight_decay, 3 lr_decay
+enum Number : size_t { kLr, kEps, kWeightDecay, kLrDecay, kCount };
+
+template <bool kDecay, class Rate>
 struct AdagradKernel {
-  static constexpr size_t kStateBlocks = 1;
-  float lr;
+  static constexpr size_t state_floats(size_t dimension) noexcept { return dimension; }
+  Rate rates;
   float eps;
   float weight_decay;
 
@@ -21,7 +24,7 @@ struct AdagradKernel {
     float* __restrict w = row.weights;
     float* __restrict sum = row.state;
     const float* __restrict gradient = row.gradient;
-    const float rate = lr;
+    const float rate = rates.at(row.update_count);
     const float small = eps;
     const float decay = weight_decay;
     const size_t n = kDimension != 0 ? kDimension : dimension;
@@ -39,6 +42,7 @@ class Adagrad final : public Optimizer {
   explicit Adagrad(const Settings& settings) {
     SettingsReader reader("optimizer adagrad", settings);
     lr_ = reader.number("lr", 1e-2, 0.0, kMaxFloat);
+    lr_decay_ = reader.number("lr_decay", 0.0, 0.0, kMaxFloat);
     // Above zero as a float: a zero gradient on a zero sum would be 0 / 0.
     eps_ = reader.number("eps", 1e-10, kMinNormalFloat, kMaxFloat);
     weight_decay_ = reader.number("weight_decay", 0.0, 0.0, kMaxFloat);
@@ -51,7 +55,7 @@ class Adagrad final : public Optimizer {
   std::vector<StateEntry> state() const override { return {{"sum", true, static_cast<float>(initial_)}}; }
   double lr() const noexcept override { return lr_; }
 
-  StepNumbers numbers(double lr, uint64_t) const override { return {3, {lr, eps_, weight_decay_}}; }
+  StepNumbers numbers(double lr, uint64_t) const override { return {kCount, {lr, eps_, weight_decay_, lr_decay_}}; }
 
   void update(const StepNumbers& numbers, uint32_t update_count, size_t dimension, float* weights, float* state,
               const float* gradient) const noexcept override {
@@ -61,18 +65,19 @@ class Adagrad final : public Optimizer {
 
   void update_rows(const StepNumbers& numbers, size_t dimension,
                    std::span<const RowUpdate> rows) const noexcept override {
-    const auto lr = static_cast<float>(numbers.value[0]);
-    const auto eps = static_cast<float>(numbers.value[1]);
-    const auto decay = static_cast<float>(numbers.value[2]);
-    if (decay != 0.0f) {
-      update_each_row(AdagradKernel<true>{lr, eps, decay}, dimension, rows);
-    } else {
-      update_each_row(AdagradKernel<false>{lr, eps, decay}, dimension, rows);
-    }
+    const auto eps = static_cast<float>(numbers.value[kEps]);
+    const auto decay = static_cast<float>(numbers.value[kWeightDecay]);
+    choose_loop(decay != 0.0f, [&]<bool kDecay>() {
+      choose_loop(numbers.value[kLrDecay] != 0.0, [&]<bool kFalls>() {
+        const DecayedRate<kFalls> rates{numbers.value[kLr], numbers.value[kLrDecay]};
+        update_each_row(AdagradKernel<kDecay, DecayedRate<kFalls>>{rates, eps, decay}, dimension, rows);
+      });
+    });
   }
 
  private:
   double lr_;
+  double lr_decay_;
   double eps_;
   double weight_decay_;
   double initial_;

@@ -5,7 +5,7 @@
 //
 //   struct Kernel {
 //     // constants of the step, floats already
-//     static constexpr size_t kStateBlocks = 2;  // state floats per weight
+//     static constexpr size_t state_floats(size_t dimension) noexcept { return 2 * dimension; }
 //     template <size_t kDimension>  // 0: any, in `dimension`
 //     DAMO_INLINE_IN_EVERY_WIDTH void update(const RowUpdate& row, size_t dimension) const noexcept;
 //   };
@@ -14,9 +14,10 @@
 // and for the common dimensions, whose loops then need no remainder.
 //
 // Determinism: a kernel computes each weight from that weight's own numbers with
-// +, -, *, / and sqrt in float32, so neither the width nor the specialisation can
-// change a bit. The build must not contract a*b+c (-ffp-contract=off); the AVX2
-// functions leave the instruction out of reach as well.
+// +, -, *, /, sqrt, comparisons and signs in float32, so neither the width nor the
+// specialisation can change a bit; a sum over a row has an order of its own, the
+// same at every width (rowwise_adagrad.cc). The build must not contract a*b+c
+// (-ffp-contract=off); the AVX2 functions leave the instruction out of reach as well.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +52,7 @@ DAMO_INLINE_IN_EVERY_WIDTH void update_rows_of(const Kernel& kernel, size_t dime
     if (i + kPrefetchRows < rows.size()) {
       const RowUpdate& next = rows[i + kPrefetchRows];
       prefetch_floats(next.weights, ahead);
-      prefetch_floats(next.state, std::min<size_t>(floats * Kernel::kStateBlocks, 128));
+      prefetch_floats(next.state, std::min<size_t>(Kernel::state_floats(floats), 128));
     }
     kernel.template update<kDimension>(rows[i], floats);
   }
@@ -91,6 +92,16 @@ void update_each_row(const Kernel& kernel, size_t dimension, std::span<const Row
     update_each_row_avx2(kernel, dimension, rows);
   } else {
     update_each_row_baseline(kernel, dimension, rows);
+  }
+}
+
+// Calls f<true>() or f<false>(), f being [&]<bool kCondition>() {...}: makes a condition of the step a loop of its own.
+template <class F>
+void choose_loop(bool condition, const F& f) {
+  if (condition) {
+    f.template operator()<true>();
+  } else {
+    f.template operator()<false>();
   }
 }
 
