@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,7 +64,8 @@ def learn_step(
 
 
 def warm_up(size: StreamSettings) -> object:
-    """A step on a throw-away table of torch's, so that what torch allocates once is there before memory is measured.
+    """Some steps on a throw-away table of torch's and on one of ours, so that what is there once, whatever the
+    table (torch's buffers, the code of torch and of RocksDB), is there before memory is measured.
 
     Returns the arrays of a step, to be kept until memory was measured: a batch is there with any table.
     """
@@ -80,4 +83,12 @@ def warm_up(size: StreamSettings) -> object:
     nothing = np.zeros(size.batch, np.int64)
     for _ in range(2):
         trainer.learn(dict.fromkeys(FIELDS, nothing), nothing.astype(np.float32))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        de.Storage(Path(directory) / "warm-up", memory="16MiB", log_bytes="1MiB") as storage,
+    ):
+        ours = StreamTrainer(our_embeddings(storage, size), size)
+        for step in range(8):  # more rows than 16 MiB hold: some go to disk
+            ids = np.arange(step * size.batch, (step + 1) * size.batch)
+            ours.learn(dict.fromkeys(FIELDS, ids), nothing.astype(np.float32))
     return trainer.model(dict.fromkeys(FIELDS, torch.from_numpy(nothing)))

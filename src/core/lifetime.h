@@ -4,9 +4,9 @@
 //
 // A row's *age mark* is the time of its last update (of its creation before the first), in seconds or in steps of its
 // group. A row expires when the clock, or the group's step, is more than `ttl` past its mark. Marks are counted in
-// buckets of `width` = ceil(ttl / 262,144), so that the number of living rows is known without looking at them; all rows
-// of a bucket expire together, when the youngest of them does. Up to 262,144 s (three days) or steps a bucket is 1 wide, and expiry
-// exact.
+// buckets of `width` = ceil(ttl / 262,144), so that the number of living rows is known without looking at them; all
+// rows of a bucket expire together, when the youngest of them does. Up to 262,144 s (three days) or steps a bucket is 1
+// wide, and expiry exact.
 #pragma once
 
 #include <cstdint>
