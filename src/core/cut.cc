@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -25,6 +26,16 @@ fs::path staging_path(const fs::path& wanted) {
   fs::path staged = wanted;
   staged += ".building-" + std::to_string(getpid()) + "-" + std::to_string(number++);
   return staged;
+}
+
+// What takes the place of a file of the storage would be its end, and what lies in a generation goes with it.
+void check_is_not_of_storage(const char* operation, const fs::path& wanted, const fs::path& storage) {
+  const fs::path place = fs::canonical(wanted.parent_path()) / wanted.filename(), own = fs::canonical(storage);
+  const auto [end, name] = std::mismatch(own.begin(), own.end(), place.begin(), place.end());
+  if (end == own.end() && name != place.end() && is_name_of_storage(*name))
+    throw StorageError(std::string("[") + operation + "] " + wanted.string() +
+                       " is among the storage's own files, in " + name->string() + " of " + own.string() +
+                       ": give a place outside of it");
 }
 
 // A directory built aside, removed again unless it was given its name.
@@ -102,6 +113,7 @@ void Storage::checkpoint(const fs::path& directory, int64_t step, std::string ex
   if (!fs::is_directory(wanted.parent_path()))
     throw StorageError("[checkpoint] the directory " + wanted.parent_path().string() +
                        " does not exist: make it first");
+  check_is_not_of_storage("checkpoint", wanted, path_);
   StagedDirectory staged(wanted);
   CheckpointManifest manifest;
   Manifest groups;
@@ -128,7 +140,8 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
   try {
     bytes = read_file(from / "CHECKPOINT", size_t{256} << 20);
   } catch (const MissingFileError&) {
-    throw StorageError("[restore] " + from.string() + " is not a checkpoint: it has no file CHECKPOINT");
+    throw StorageError("[restore] " + from.string() + " is not a checkpoint: it has no file CHECKPOINT" +
+                       (fs::exists(from / "CURRENT") ? "; it is a storage: open it with Storage(path)" : ""));
   }
   const CheckpointManifest manifest =
       decode_checkpoint(std::as_bytes(std::span(bytes)), (from / "CHECKPOINT").string());

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from types import TracebackType
@@ -19,16 +20,25 @@ _DAY = 86_400
 PathLike = str | os.PathLike[str]
 
 
+def _index(value: object) -> int | None:
+    """What an int of any library is; None for floats, bools and everything else, arrays of them included."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def parse_bytes(argument: str, value: int | str) -> int:
     """A size in bytes: an int, or a text such as "2GiB" or "512 MiB"."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError(f'[storage] {argument} is {value!r}, expected bytes as an int or a text such as "2GiB"')
-    if isinstance(value, int):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if not isinstance(value, str):
+        number = _index(value)
+        if number is None:
+            raise TypeError(f'[open] {argument} is {value!r}, expected bytes as an int or a text such as "2GiB"')
+        return number
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", value)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(
-            f'[storage] {argument} is {value!r}, expected a size such as "2GiB", "512MiB" or a number of bytes'
+            f'[open] {argument} is {value!r}, expected a size such as "2GiB", "512MiB" or a number of bytes'
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -42,13 +52,17 @@ def parse_path(operation: str, argument: str, value: PathLike) -> str:
         raise TypeError(f"[{operation}] {argument} is a path of bytes, expected a str or a Path")
     if path == "" or "\0" in path:
         raise ValueError(f"[{operation}] {argument} is {path!r}, expected the name of a file or directory")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"[{operation}] {argument} is {path!r}, expected a name that is UTF-8") from None
     return path
 
 
-def _parse_int(operation: str, argument: str, value: int, low: int, high: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"[{operation}] {argument} is {value!r}, expected an int")
-    number = int(value)
+def _parse_int(operation: str, argument: str, value: int, low: int, high: int, expected: str = "an int") -> int:
+    number = _index(value)
+    if number is None:
+        raise TypeError(f"[{operation}] {argument} is {value!r}, expected {expected}")
     if not low <= number <= high:
         raise ValueError(f"[{operation}] {argument} is {number}, expected {low} to {high}")
     return number
@@ -59,7 +73,10 @@ def _step_and_extra(operation: str, step: int | None, extra: bytes | str | None)
     if extra is None:
         return number, b""
     if isinstance(extra, str):
-        return number, extra.encode()
+        try:
+            return number, extra.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"[{operation}] extra is {extra!r}, which UTF-8 does not hold: give bytes") from None
     if not isinstance(extra, bytes):
         raise TypeError(f"[{operation}] extra is {type(extra).__name__}, expected bytes or str")
     return number, extra
@@ -230,11 +247,25 @@ class Storage:
 
     @now.setter
     def now(self, seconds: int) -> None:
-        self._core.now = _parse_int("now", "now", seconds, 0, 2**62)
+        self._core.now = _parse_int(
+            "now", "now", seconds, 0, 2**62, "whole seconds since 1970 as an int, e.g. int(time.time())"
+        )
 
     def groups(self) -> dict[int, str]:
         """The stored groups by number, with their names ("" for one that is known by its number)."""
         return {group["group"]: group["name"] for group in self.stats()["groups"]}
+
+    def _group_number(self, operation: str, group: int | str) -> int:
+        """The number of a stored group that is given by number or name."""
+        wanted = (
+            group if isinstance(group, str) else _parse_int(operation, "group", group, 0, 255, "a number or a name")
+        )
+        groups = self.groups()
+        found = [number for number, name in groups.items() if wanted in ((number, name) if name else (number,))]
+        if not found:
+            known = ", ".join(repr(name) if name else str(number) for number, name in groups.items())
+            raise ValueError(f"[{operation}] there is no group {group!r}; the storage has {known or 'none yet'}")
+        return found[0]
 
     def commit(self, step: int | None = None, extra: bytes | str | None = None) -> None:
         """Syncs the log: everything that returned before survives power loss.
@@ -302,24 +333,16 @@ class Storage:
             How many rows it holds.
 
         Raises:
-            ValueError: There is no group of that name.
+            ValueError: There is no such group.
             StorageError: The directory does not exist, or the disk is full; `path` is what it was.
-            CorruptionError: A row on disk is damaged.
+            CorruptionError: A row on disk is damaged; `path` is what it was.
 
         Example:
-            >>> storage.dump("weights.bin", group="item", min_count=3)  # doctest: +SKIP
+            >>> from tqdm import tqdm  # doctest: +SKIP
+            >>> storage.dump("weights.bin", group="item", min_count=3, progress=tqdm)  # doctest: +SKIP
             182345
         """
-        number: int | None
-        if isinstance(group, str):
-            named = {name: number for number, name in self.groups().items() if name}
-            if group not in named:
-                raise ValueError(f"[dump] there is no group {group!r}; the storage has {sorted(named)}")
-            number = named[group]
-        else:
-            number = None if group is None else _parse_int("dump", "group", group, 0, 255)
-            if number is not None and number not in self.groups():
-                raise ValueError(f"[dump] there is no group {number}; the storage has {sorted(self.groups())}")
+        number = None if group is None else self._group_number("dump", group)
         count = _parse_int("dump", "min_count", min_count, 0, 2**32 - 1)
         since = (
             None if expire_days is None else self.now - _DAY * _parse_int("dump", "expire_days", expire_days, 0, 10**9)
