@@ -64,6 +64,33 @@ class StagedDirectory {
   bool done_ = false;
 };
 
+// Between two reports of a dump: a few tens of milliseconds, and so many bytes that reporting costs nothing beside
+// them. By work and not by the clock, so that two runs report the same.
+constexpr size_t kDumpReportBytes = size_t{16} << 20;
+
+class DumpReport {
+ public:
+  DumpReport(const Storage::DumpProgress& progress, uint64_t total) : progress_(progress), total_(total) { report(0); }
+  void add_row(size_t bytes) {
+    ++done_;
+    bytes_ += bytes;
+    if (bytes_ < kDumpReportBytes) return;
+    bytes_ = 0;
+    report(std::min(done_, total_));
+  }
+  void end() { report(total_); }
+
+ private:
+  void report(uint64_t done) const {
+    if (progress_) progress_(done, total_);
+  }
+
+  const Storage::DumpProgress& progress_;
+  const uint64_t total_;
+  uint64_t done_ = 0;
+  size_t bytes_ = 0;  // read and written since the last report
+};
+
 CheckpointFile describe_file(const fs::path& directory, const std::string& name) {
   return {name, fs::file_size(directory / name), crc32c_of_file(directory / name)};
 }
@@ -191,12 +218,17 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
 
 // -------------------------------------------------------------------- dump
 
-uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
+uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions, const DumpProgress& progress) {
   const Use use(*this, "dump");
   const fs::path wanted = fs::absolute(file).lexically_normal();
-  if (fs::is_directory(wanted)) throw StorageError("[dump] " + wanted.string() + " is a directory: give a file name");
+  const fs::file_status there = fs::status(wanted);
+  if (fs::is_directory(there)) throw StorageError("[dump] " + wanted.string() + " is a directory: give a file name");
+  // The rename at the end would put a file in the place of /dev/null.
+  if (fs::exists(there) && !fs::is_regular_file(there))
+    throw StorageError("[dump] " + wanted.string() + " is a device, a pipe or a socket: give the name of a file");
   if (!fs::is_directory(wanted.parent_path()))
     throw StorageError("[dump] the directory " + wanted.parent_path().string() + " does not exist: make it first");
+  check_is_not_of_storage("dump", wanted, path_);
   CutInfo info;
   const std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
 
@@ -214,6 +246,13 @@ uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
   std::array<uint64_t, kNumGroups> counts{};
   uint64_t total = 0;
   std::string buffer(sizeof dimensions + sizeof counts, '\0');
+  uint64_t rows_of_groups = 0;
+  for (const TableSpec& spec : info.manifest.tables) {
+    if (conditions.group && *conditions.group != spec.group) continue;
+    for (const TableCounters& table : info.counters.tables)
+      if (table.table_id == spec.table_id) rows_of_groups += table.rows;
+  }
+  DumpReport report(progress, rows_of_groups);
   const auto flush = [&] {
     out.write(std::as_bytes(std::span(buffer)));
     buffer.clear();
@@ -225,6 +264,7 @@ uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
     std::vector<float> weights(spec.dimension);
     const auto iterator = rows->scan(StoredKey::make(spec.table_id, 0), StoredKey::make(spec.table_id + 1, 0));
     while (iterator->next()) {
+      report.add_row(iterator->value().size() + spec.dimension * sizeof(float));
       const StoredKey key = iterator->key();
       const DecodedRow row = decode_row(key, iterator->value(), shape.num_floats());
       if (row.header.update_count < conditions.min_count) continue;
@@ -245,6 +285,7 @@ uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
   flush();
   out.write_at(std::as_bytes(std::span(dimensions)), 0);
   out.write_at(std::as_bytes(std::span(counts)), sizeof dimensions);
+  report.end();
   out.sync();
   out.close();
   fs::rename(staged, wanted);

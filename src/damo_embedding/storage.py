@@ -6,10 +6,12 @@ from __future__ import annotations
 import operator
 import os
 import re
+import threading
 from types import TracebackType
 from typing import Any, Self
 
 from damo_embedding import _core
+from damo_embedding.progress import Progress, reporting
 
 __all__ = ["Storage"]
 
@@ -123,6 +125,7 @@ class Storage:
         log_bytes: int | str | None = None,
     ) -> None:
         self._core = self._open(path, "open_or_create", memory, durability, threads, log_bytes)
+        self._dumping: list[int] = []  # the threads that are in a dump, which close() waits for
 
     @staticmethod
     def _options(
@@ -162,6 +165,7 @@ class Storage:
     def _wrap(cls, core: _core.Storage) -> Self:
         storage = cls.__new__(cls)
         storage._core = core
+        storage._dumping = []
         return storage
 
     @classmethod
@@ -317,6 +321,7 @@ class Storage:
         group: int | str | None = None,
         min_count: int = 0,
         expire_days: int | None = None,
+        progress: Progress | None = None,
     ) -> int:
         """Writes the serving file (keys and weights, little-endian, docs/format.md), as of now.
 
@@ -328,6 +333,13 @@ class Storage:
             group: This group only (number or name).
             min_count: Leave out rows updated fewer times.
             expire_days: Leave out rows whose last update is more than that many days before `now`.
+            progress: Told how far it is: a function, called as progress(done, total) at the start, now and then
+                and at the end, with the rows gone through (those left out, too) and the rows there are; or a
+                progress bar: `tqdm`, or one of your own such as `tqdm(unit=" rows")`, which stays yours to
+                close. Any class or object that has tqdm's `reset(total=...)` and `update(n)` will do.
+
+        What `progress` raises ends the dump, and so does Ctrl-C, with it or without: the exception comes out, and
+        `path` is what it was. It may use the storage, but not close it.
 
         Returns:
             How many rows it holds.
@@ -347,7 +359,14 @@ class Storage:
         since = (
             None if expire_days is None else self.now - _DAY * _parse_int("dump", "expire_days", expire_days, 0, 10**9)
         )
-        return self._core.dump(parse_path("dump", "path", path), number, count, since)
+        text = parse_path("dump", "path", path)
+        thread = threading.get_ident()
+        with reporting("dump", progress) as report:
+            self._dumping.append(thread)
+            try:
+                return self._core.dump(text, number, count, since, report)
+            finally:
+                self._dumping.remove(thread)
 
     def stats(self) -> dict[str, Any]:
         """Counts since opening, and sizes now. Sizes are in bytes; keys are distinct keys of a call.
@@ -376,7 +395,15 @@ class Storage:
 
         Calls in flight on other threads end first. When the disk is full nothing is lost: the log has the
         rows, and the next open does them again.
+
+        Raises:
+            ValueError: Called by the `progress` of a dump, which it would wait for.
         """
+        if threading.get_ident() in self._dumping:
+            raise ValueError(
+                f"[close] the storage {self.path} is being dumped by this thread: close it when dump() has returned or"
+                " raised"
+            )
         self._core.close()
 
     def __enter__(self) -> Self:

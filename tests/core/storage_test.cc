@@ -720,6 +720,45 @@ TEST_CASE(
     CHECK(entry.path().string().find(".building") == std::string::npos);
 }
 
+TEST_CASE("storage: a dump says how far it is, and what that throws leaves the file of before and no other") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s");
+  Table& table = storage->table(spec_of(2, kMaxDimension, "sgd"));
+  storage->table(spec_of(3, 1));
+  const uint64_t rows = 2500;  // 16 KB written a row: reported at both ends and twice between them
+  std::vector<uint64_t> keys(100);
+  for (uint64_t begin = 0; begin < rows; begin += keys.size()) {
+    for (uint64_t i = 0; i < keys.size(); ++i) keys[i] = begin + i;
+    lookup(table, keys, true);
+  }
+  using Calls = std::vector<std::pair<uint64_t, uint64_t>>;
+  const auto calls_of = [&](const Storage::DumpConditions& conditions) {
+    Calls calls;
+    storage->dump(directory / "dump.bin", conditions,
+                  [&](uint64_t done, uint64_t total) { calls.emplace_back(done, total); });
+    return calls;
+  };
+  const Calls calls = calls_of({});
+  REQUIRE(calls.size() == 4);
+  CHECK(calls.front() == std::pair(uint64_t{0}, rows));
+  CHECK(calls.back() == std::pair(rows, rows));
+  CHECK(std::is_sorted(calls.begin(), calls.end()));
+  CHECK(calls_of({.min_count = 1}) == calls);  // rows left out are gone through, too
+  CHECK(calls_of({.group = 3}) == Calls{{0, 0}, {0, 0}});
+
+  write_file_atomically(directory / "dump.bin", std::string_view("of before"));
+  for (const auto& [at, total] : calls) {
+    CHECK_THROWS_WITH_AS(storage->dump(directory / "dump.bin", {},
+                                       [stop = at](uint64_t done, uint64_t) {
+                                         if (done == stop) throw std::runtime_error("enough");
+                                       }),
+                         "enough", std::runtime_error);
+    CHECK(read_file(directory / "dump.bin", 100) == "of before");
+  }
+  for (const auto& entry : fs::directory_iterator(directory.path()))
+    CHECK(entry.path().string().find(".building") == std::string::npos);
+}
+
 TEST_CASE("storage: two dumps and two checkpoints to one name at once leave one whole file, one whole checkpoint") {
   const TemporaryDirectory directory;
   const auto storage = open(directory / "s");

@@ -763,6 +763,26 @@ BAD_CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "checkpoint to a number": (lambda s: s.checkpoint(3), TypeError, r"\[checkpoint\] directory is int"),  # type: ignore[arg-type]
     "checkpoint to bytes": (lambda s: s.checkpoint(b"c"), TypeError, r"\[checkpoint\] directory is bytes"),  # type: ignore[arg-type]
     "checkpoint to nothing": (lambda s: s.checkpoint(""), ValueError, r"\[checkpoint\] directory is ''"),
+    "checkpoint as a generation": (
+        lambda s: s.checkpoint(f"{s.path}/generation-000002"),
+        de.StorageError,
+        r"\[checkpoint\] .* is among the storage's own files, in generation-000002 of .*: give a place outside",
+    ),
+    "dump over its own file": (
+        lambda s: s.dump(f"{s.path}/../{Path(s.path).name}/CURRENT"),
+        de.StorageError,
+        r"\[dump\] .* is among the storage's own files, in CURRENT of",
+    ),
+    "dump among its own files": (
+        lambda s: s.dump(f"{s.path}/generation-000001/rocksdb/weights.bin"),
+        de.StorageError,
+        r"\[dump\] .* is among the storage's own files, in generation-000001 of",
+    ),
+    "commit what is no text": (
+        lambda s: s.commit(1, "\udc80"),
+        ValueError,
+        r"\[commit\] extra is '\\udc80', which UTF-8",
+    ),
     "checkpoint a step": (
         lambda s: s.checkpoint(f"{s.path}-c", -2),
         ValueError,
