@@ -172,6 +172,11 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
   }
   const CheckpointManifest manifest =
       decode_checkpoint(std::as_bytes(std::span(bytes)), (from / "CHECKPOINT").string());
+  for (const char* needed : {"MANIFEST", "rocksdb/CURRENT"})
+    if (std::none_of(manifest.files.begin(), manifest.files.end(),
+                     [&](const auto& file) { return file.name == needed; }))
+      throw CorruptionError("[restore] " + (from / "CHECKPOINT").string() + " does not list the file " + needed +
+                            ": it is not of a whole checkpoint");
   for (const CheckpointFile& file : manifest.files) {
     const fs::path at = from / file.name;
     std::error_code error;
@@ -188,6 +193,7 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
   }
   const std::string groups = read_file(from / "MANIFEST", size_t{64} << 20);
   Manifest restored = decode_manifest(std::as_bytes(std::span(groups)), (from / "MANIFEST").string());
+  check_settings_are_known(restored, (from / "MANIFEST").string());
   // An identity of its own: the log of one restore is never taken for that of another.
   restored.storage_id = make_storage_id();
   StorageCounters counters = manifest.counters;
