@@ -220,11 +220,19 @@ void bind_storage(nb::module_& m) {
       .def(
           "dump",
           [](Storage& storage, const std::string& path, std::optional<uint32_t> group, uint32_t min_count,
-             std::optional<int64_t> updated_since) {
+             std::optional<int64_t> updated_since, const nb::object& progress) {
+            const auto report = [&](uint64_t done, uint64_t total) {
+              const nb::gil_scoped_acquire held;
+              // Ctrl-C: Python calls its handlers when the main thread asks.
+              if (PyErr_CheckSignals() != 0) throw nb::python_error();
+              if (!progress.is_none()) progress(done, total);
+            };
             const nb::gil_scoped_release released;
-            return storage.dump(path, {group, min_count, updated_since});
+            return storage.dump(path, {group, min_count, updated_since}, report);
           },
-          "path"_a, "group"_a.none(), "min_count"_a, "updated_since"_a.none())
+          "path"_a, "group"_a.none(), "min_count"_a, "updated_since"_a.none(), "progress"_a.none(),
+          nb::sig("def dump(self, path: str, group: int | None, min_count: int, updated_since: int | None, progress: "
+                  "collections.abc.Callable[[int, int], object] | None) -> int"))
       .def_prop_rw("now", &Storage::now, &Storage::set_now, nb::for_getter(nb::call_guard<nb::gil_scoped_release>()),
                    nb::for_setter(nb::call_guard<nb::gil_scoped_release>()))
       .def_prop_ro("clock_held_seconds", &Storage::clock_held_seconds)

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -25,6 +26,16 @@ fs::path staging_path(const fs::path& wanted) {
   fs::path staged = wanted;
   staged += ".building-" + std::to_string(getpid()) + "-" + std::to_string(number++);
   return staged;
+}
+
+// What takes the place of a file of the storage would be its end, and what lies in a generation goes with it.
+void check_is_not_of_storage(const char* operation, const fs::path& wanted, const fs::path& storage) {
+  const fs::path place = fs::canonical(wanted.parent_path()) / wanted.filename(), own = fs::canonical(storage);
+  const auto [end, name] = std::mismatch(own.begin(), own.end(), place.begin(), place.end());
+  if (end == own.end() && name != place.end() && is_name_of_storage(*name))
+    throw StorageError(std::string("[") + operation + "] " + wanted.string() +
+                       " is among the storage's own files, in " + name->string() + " of " + own.string() +
+                       ": give a place outside of it");
 }
 
 // A directory built aside, removed again unless it was given its name.
@@ -51,6 +62,33 @@ class StagedDirectory {
  private:
   fs::path wanted_, staged_;
   bool done_ = false;
+};
+
+// Between two reports of a dump: a few tens of milliseconds, and so many bytes that reporting costs nothing beside
+// them. By work and not by the clock, so that two runs report the same.
+constexpr size_t kDumpReportBytes = size_t{16} << 20;
+
+class DumpReport {
+ public:
+  DumpReport(const Storage::DumpProgress& progress, uint64_t total) : progress_(progress), total_(total) { report(0); }
+  void add_row(size_t bytes) {
+    ++done_;
+    bytes_ += bytes;
+    if (bytes_ < kDumpReportBytes) return;
+    bytes_ = 0;
+    report(std::min(done_, total_));
+  }
+  void end() { report(total_); }
+
+ private:
+  void report(uint64_t done) const {
+    if (progress_) progress_(done, total_);
+  }
+
+  const Storage::DumpProgress& progress_;
+  const uint64_t total_;
+  uint64_t done_ = 0;
+  size_t bytes_ = 0;  // read and written since the last report
 };
 
 CheckpointFile describe_file(const fs::path& directory, const std::string& name) {
@@ -102,6 +140,7 @@ void Storage::checkpoint(const fs::path& directory, int64_t step, std::string ex
   if (!fs::is_directory(wanted.parent_path()))
     throw StorageError("[checkpoint] the directory " + wanted.parent_path().string() +
                        " does not exist: make it first");
+  check_is_not_of_storage("checkpoint", wanted, path_);
   StagedDirectory staged(wanted);
   CheckpointManifest manifest;
   Manifest groups;
@@ -128,10 +167,16 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
   try {
     bytes = read_file(from / "CHECKPOINT", size_t{256} << 20);
   } catch (const MissingFileError&) {
-    throw StorageError("[restore] " + from.string() + " is not a checkpoint: it has no file CHECKPOINT");
+    throw StorageError("[restore] " + from.string() + " is not a checkpoint: it has no file CHECKPOINT" +
+                       (fs::exists(from / "CURRENT") ? "; it is a storage: open it with Storage(path)" : ""));
   }
   const CheckpointManifest manifest =
       decode_checkpoint(std::as_bytes(std::span(bytes)), (from / "CHECKPOINT").string());
+  for (const char* needed : {"MANIFEST", "rocksdb/CURRENT"})
+    if (std::none_of(manifest.files.begin(), manifest.files.end(),
+                     [&](const auto& file) { return file.name == needed; }))
+      throw CorruptionError("[restore] " + (from / "CHECKPOINT").string() + " does not list the file " + needed +
+                            ": it is not of a whole checkpoint");
   for (const CheckpointFile& file : manifest.files) {
     const fs::path at = from / file.name;
     std::error_code error;
@@ -148,6 +193,7 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
   }
   const std::string groups = read_file(from / "MANIFEST", size_t{64} << 20);
   Manifest restored = decode_manifest(std::as_bytes(std::span(groups)), (from / "MANIFEST").string());
+  check_settings_are_known(restored, (from / "MANIFEST").string());
   // An identity of its own: the log of one restore is never taken for that of another.
   restored.storage_id = make_storage_id();
   StorageCounters counters = manifest.counters;
@@ -178,12 +224,17 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
 
 // -------------------------------------------------------------------- dump
 
-uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
+uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions, const DumpProgress& progress) {
   const Use use(*this, "dump");
   const fs::path wanted = fs::absolute(file).lexically_normal();
-  if (fs::is_directory(wanted)) throw StorageError("[dump] " + wanted.string() + " is a directory: give a file name");
+  const fs::file_status there = fs::status(wanted);
+  if (fs::is_directory(there)) throw StorageError("[dump] " + wanted.string() + " is a directory: give a file name");
+  // The rename at the end would put a file in the place of /dev/null.
+  if (fs::exists(there) && !fs::is_regular_file(there))
+    throw StorageError("[dump] " + wanted.string() + " is a device, a pipe or a socket: give the name of a file");
   if (!fs::is_directory(wanted.parent_path()))
     throw StorageError("[dump] the directory " + wanted.parent_path().string() + " does not exist: make it first");
+  check_is_not_of_storage("dump", wanted, path_);
   CutInfo info;
   const std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
 
@@ -201,6 +252,14 @@ uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
   std::array<uint64_t, kNumGroups> counts{};
   uint64_t total = 0;
   std::string buffer(sizeof dimensions + sizeof counts, '\0');
+  uint64_t rows_of_groups = 0;
+  for (const TableSpec& spec : info.manifest.tables) {
+    if (conditions.group && *conditions.group != spec.group) continue;
+    for (const TableCounters& table : info.counters.tables)
+      if (table.table_id == spec.table_id)
+        rows_of_groups += table.rows.since(spec.lifetime.first_bucket(info.expiry(spec)));
+  }
+  DumpReport report(progress, rows_of_groups);
   const auto flush = [&] {
     out.write(std::as_bytes(std::span(buffer)));
     buffer.clear();
@@ -216,6 +275,7 @@ uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
       const StoredKey key = iterator->key();
       const DecodedRow row = decode_row(key, iterator->value(), shape.num_floats());
       if (!expiry.alive(row.header.time, row.header.step)) continue;
+      report.add_row(iterator->value().size() + spec.dimension * sizeof(float));
       if (row.header.update_count < conditions.min_count) continue;
       if (conditions.updated_since && row.header.time < *conditions.updated_since) continue;
       if (row.header.has_floats)
@@ -234,6 +294,7 @@ uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions) {
   flush();
   out.write_at(std::as_bytes(std::span(dimensions)), 0);
   out.write_at(std::as_bytes(std::span(counts)), sizeof dimensions);
+  report.end();
   out.sync();
   out.close();
   fs::rename(staged, wanted);

@@ -40,11 +40,6 @@ std::string holder_text() {
   return "process " + std::to_string(getpid()) + " on " + host + " since " + since;
 }
 
-bool is_ours(const std::string& name) {
-  return name == "LOCK" || name == "CURRENT" || name == "CURRENT.tmp" || name == "CREATING" || name == "CREATING.tmp" ||
-         name.starts_with(kPrefix);
-}
-
 std::string checksum_text(std::string_view name) {
   char text[20];
   std::snprintf(text, sizeof text, "%016" PRIx64, checksum64(std::as_bytes(std::span(name))));
@@ -68,6 +63,11 @@ uint64_t generation_number(const std::string& name) {
 
 }  // namespace
 
+bool is_name_of_storage(const std::string& name) {
+  return name == "LOCK" || name == "CURRENT" || name == "CURRENT.tmp" || name == "CREATING" || name == "CREATING.tmp" ||
+         name.starts_with(kPrefix);
+}
+
 StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(fs::absolute(path).lexically_normal()) {
   const std::string shown = path_.string();
   std::error_code error;
@@ -76,6 +76,9 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
     if (error && status.type() != fs::file_type::not_found) throw_system_error("open", path_, error.value());
     if (mode == OpenMode::kOpen)
       throw StorageError("[open] " + shown + " does not exist: create it with Storage.create(path) or Storage(path)");
+    if (const fs::path parent = path_.has_filename() ? path_.parent_path() : path_.parent_path().parent_path();
+        !fs::is_directory(parent, error))
+      throw StorageError("[open] the directory " + parent.string() + " does not exist: make it first");
     make_directory(path_);
   } else if (!fs::is_directory(status)) {
     throw StorageError("[open] " + shown + " is not a directory");
@@ -86,11 +89,14 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
     const std::string name = entry.path().filename();
     if (name == "CURRENT") has_current = true;
     if (name == "CREATING") creating = true;
-    if (!is_ours(name)) foreign = true;
+    if (!is_name_of_storage(name)) foreign = true;
     if (name != "LOCK" && name != "CREATING.tmp") empty = false;  // that is how far an interrupted creation may be
   }
   if (error) throw_system_error("open", path_, error.value());
   if (!has_current && !creating && !empty) {
+    if (fs::exists(path_ / "CHECKPOINT", error))
+      throw StorageError("[open] " + shown +
+                         " is a checkpoint: restore it into another directory with Storage.restore(checkpoint, path)");
     if (foreign)
       throw StorageError("[open] " + shown +
                          " is not a storage: it holds other files and no CURRENT; give an empty or absent directory");

@@ -18,6 +18,9 @@
 
 namespace damo {
 
+// Whether a storage's directory has, or may have, an entry of this name that is its own.
+bool is_name_of_storage(const std::string& name);
+
 enum class OpenMode { kOpenOrCreate, kCreate, kOpen };
 
 class StorageDirectory {

@@ -184,7 +184,7 @@ std::string read_file(const std::filesystem::path& path, size_t limit) {
   const uint64_t size = file.bytes();
   const auto too_long = [&](uint64_t bytes) {
     throw CorruptionError("[read] " + path.string() + " has " + std::to_string(bytes) + " bytes, at most " +
-                          std::to_string(limit) + " were expected");
+                          std::to_string(limit) + " were expected: damaged at offset " + std::to_string(limit));
   };
   if (size > limit) too_long(size);
   limit = std::min(limit, SIZE_MAX - 1);

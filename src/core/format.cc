@@ -120,8 +120,13 @@ DecodedRow decode_row(const StoredKey& key, Bytes value, size_t num_floats) {
   at(1, flags);
   at(4, checksum);
   if (checksum != row_checksum(key, value)) damaged("its checksum does not agree");
-  if (format != kRowFormat) damaged("row format " + std::to_string(format) + ", this version reads 1");
-  if ((flags & ~kFlagFloats) != 0) damaged("flags " + std::to_string(flags) + " are of a newer version");
+  // The checksum is right, so it is not damage.
+  const auto newer = [&](const std::string& what) {
+    throw CorruptionError("[read] the stored row of " + describe(key) + " has " + what +
+                          ", written by a newer version: upgrade damo-embedding");
+  };
+  if (format != kRowFormat) newer("row format " + std::to_string(format) + ", this one reads 1");
+  if ((flags & ~kFlagFloats) != 0) newer("flags " + std::to_string(flags));
   DecodedRow row;
   row.header.has_floats = (flags & kFlagFloats) != 0;
   at(8, row.header.update_count);
@@ -346,7 +351,8 @@ std::string encode_counters(const StorageCounters& counters) {
 StorageCounters decode_counters(Bytes bytes, const std::string& source) {
   ByteReader reader(bytes, source);
   if (const auto version = reader.get<uint32_t>(); version != 1)
-    reader.corrupt("counters of format " + std::to_string(version) + ", this version reads 1");
+    throw CorruptionError("[read] " + source + " has counters of format " + std::to_string(version) +
+                          ", written by a newer version; this one reads 1: upgrade damo-embedding");
   StorageCounters counters;
   const auto num_tables = reader.get<uint32_t>();
   counters.sequence = reader.get<uint64_t>();

@@ -49,6 +49,10 @@ struct Lifetime {
   // The bucket of a mark; 0 for every row when rows do not age.
   int64_t bucket(int64_t mark) const noexcept;
   Expiry at(int64_t now, uint64_t group_step) const noexcept;
+  // The oldest bucket whose rows are alive.
+  int64_t first_bucket(const Expiry& expiry) const noexcept {
+    return unit == AgeUnit::kNone ? 0 : bucket(expiry.alive_since);
+  }
 };
 
 // Of counts that are not known and must be made anew from the rows: equal to no lifetime.

@@ -165,11 +165,12 @@ void SegmentReader::read_head(const StorageId& storage_id) {
   ByteReader fields(bytes, source_);
   if (std::memcmp(fields.take(kMagic.size()).data(), kMagic.data(), kMagic.size()) != 0)
     throw_damaged(source_, 0, "not a segment of an operation log");
-  // Before the checksum: a newer version may have another one.
+  // Before the checksum, for a newer version may have another one: so a flipped bit comes here, too.
   const auto version = fields.get<uint32_t>();
   if (version > kVersion)
-    throw CorruptionError("[read] " + source_ + " was written by a newer version: log format " +
-                          std::to_string(version) + ", this version reads up to " + std::to_string(kVersion));
+    throw CorruptionError("[read] " + source_ + " has log format " + std::to_string(version) +
+                          " at offset 8, this version reads up to " + std::to_string(kVersion) +
+                          ": it was written by a newer version, then upgrade damo-embedding, or it is damaged");
   if (version == 0) throw_damaged(source_, 8, "log format 0");
   fields.take(4);  // reserved, under the checksum
   const Bytes id = fields.take(storage_id.size());

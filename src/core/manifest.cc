@@ -4,6 +4,7 @@
 #include <sys/random.h>
 
 #include <cstring>
+#include <stdexcept>
 
 #include "error.h"
 
@@ -147,6 +148,18 @@ Manifest decode_manifest(Bytes bytes, const std::string& source) {
   }
   reader.expect_end();
   return manifest;
+}
+
+void check_settings_are_known(const Manifest& manifest, const std::string& source) {
+  for (const TableSpec& table : manifest.tables) {
+    try {
+      const TableShape known(table);
+    } catch (const std::invalid_argument& unknown) {
+      throw CorruptionError("[open] " + source + ": " + table.label() +
+                            " has settings that this version does not know (" + unknown.what() +
+                            "): upgrade damo-embedding");
+    }
+  }
 }
 
 std::array<std::byte, 16> make_storage_id() {

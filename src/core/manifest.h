@@ -26,6 +26,9 @@ struct Manifest {
 std::string encode_manifest(const Manifest& manifest);
 // CorruptionError names `source` and the offset; a newer format is refused in words.
 Manifest decode_manifest(Bytes bytes, const std::string& source);
+// CorruptionError for a group whose optimizer, initializer or settings this version does not know. To be asked before
+// anything that the manifest tells of is opened or replaced: what is a newer version's stays as it is.
+void check_settings_are_known(const Manifest& manifest, const std::string& source);
 
 std::array<std::byte, 16> make_storage_id();
 

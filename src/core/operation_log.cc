@@ -316,6 +316,15 @@ std::unique_ptr<OperationLog> OperationLog::create(const LogOptions& options, ui
   return std::unique_ptr<OperationLog>(new OperationLog(std::move(impl)));
 }
 
+void OperationLog::check_heads(const LogOptions& options, const std::function<void(std::string_view state)>& on_state) {
+  const SegmentFiles files = list_segments(options.directory);
+  for (const auto& [number, path] : files.segments) {
+    const FileDescriptor file("read the log", path, O_RDONLY);
+    const SegmentReader reader(file, options.storage_id);
+    if (number == files.segments.begin()->first) on_state(reader.state());
+  }
+}
+
 std::unique_ptr<OperationLog> OperationLog::recover(
     const LogOptions& options, const std::function<void(uint64_t first_sequence, std::string_view state)>& on_state,
     const std::function<void(const LogRecord&)>& on_record) {

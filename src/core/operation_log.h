@@ -55,6 +55,10 @@ class OperationLog {
   static std::unique_ptr<OperationLog> create(const LogOptions& options, uint64_t first_sequence,
                                               std::string_view state);
 
+  // Reads the heads alone, and gives the oldest segment's state to `on_state`: a foreign, newer or damaged head is
+  // CorruptionError before anything is changed.
+  static void check_heads(const LogOptions& options, const std::function<void(std::string_view state)>& on_state);
+
   // Reads an existing log in order: `on_state` once with the oldest segment's state and first sequence, then
   // `on_record` for each record. Truncates a torn end and syncs the truncation before returning; then
   // appends go on. CorruptionError with file and offset for damage before the sync mark, a gap between

@@ -54,7 +54,8 @@ void Storage::redo(const LogRecord& record) {
       last_commit_ = decode_commit(body);
       return;
   }
-  body.corrupt("a record of type " + std::to_string(static_cast<int>(record.type)) + " is of a newer version");
+  body.corrupt("a record of type " + std::to_string(static_cast<int>(record.type)) +
+               " is of a newer version: upgrade damo-embedding");
 }
 
 }  // namespace damo

@@ -140,12 +140,18 @@ void Storage::open_generation(const fs::path& generation) {
     throw CorruptionError("[open] " + manifest_file.string() + " is missing: restore a checkpoint");
   }
   manifest_ = decode_manifest(std::as_bytes(std::span(bytes)), manifest_file.string());
+  check_settings_are_known(manifest_, manifest_file.string());
 
   // A missing one is damage, never a reason to start with an empty one.
   for (const char* part : {"rocksdb", "log"})
     if (!fs::is_directory(generation / part))
       throw CorruptionError("[open] the directory " + (generation / part).string() +
                             " is missing: restore a checkpoint");
+
+  // A newer version's log is refused before RocksDB, in opening, writes files of its own.
+  OperationLog::check_heads(
+      {.directory = generation / "log", .storage_id = manifest_.storage_id},
+      [&](std::string_view state) { decode_counters(std::as_bytes(std::span(state)), (generation / "log").string()); });
 
   const Budget budget(options_.memory_bytes);
   StoreOptions store_options;
@@ -166,12 +172,7 @@ void Storage::open_generation(const fs::path& generation) {
 
   next_table_id_ = manifest_.next_table_id;
   for (const TableSpec& spec : manifest_.tables) {
-    try {
-      tables_[spec.group] = std::make_unique<Table>(*this, spec);
-    } catch (const std::invalid_argument& unknown) {
-      throw CorruptionError("[open] " + manifest_file.string() +
-                            " names settings this version does not know: " + unknown.what());
-    }
+    tables_[spec.group] = std::make_unique<Table>(*this, spec);
     tables_by_id_[spec.table_id] = tables_[spec.group].get();
   }
 

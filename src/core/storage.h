@@ -21,6 +21,7 @@
 #include <condition_variable>
 #include <deque>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -109,8 +110,13 @@ class Storage {
     uint32_t min_count = 0;
     std::optional<int64_t> updated_since{};  // last update at or after this time
   };
-  // Writes the serving file; returns how many rows it holds.
-  uint64_t dump(const std::filesystem::path& file, const DumpConditions& conditions);
+  // Told how far a dump is: rows gone through, those that the conditions leave out included, of the rows that its
+  // groups have. What it throws ends the dump. It must not close the storage, which would wait for the dump.
+  using DumpProgress = std::function<void(uint64_t done, uint64_t total)>;
+  // Writes the serving file; returns how many rows it holds. On any error `file` is what it was. `progress` is called
+  // by this thread, with no lock but the one that keeps the storage open: at the start, now and then, and at the end,
+  // before the file gets its name.
+  uint64_t dump(const std::filesystem::path& file, const DumpConditions& conditions, const DumpProgress& progress = {});
 
   // Seconds since 1970: what was set, or else the wall clock; it never runs back. While groups age by seconds, a step
   // forward of more than kMaxClockStep is not taken before expire() confirms it.

@@ -260,7 +260,7 @@ int64_t Table::mark(int64_t time, uint64_t step) const noexcept {
 uint64_t Table::rows_at(int64_t now) const {
   const std::lock_guard lock(counts_mutex_);
   const Expiry expiry = expiry_at(now);
-  return counts_.since(expiry.unit == AgeUnit::kNone ? 0 : spec().lifetime.bucket(expiry.alive_since));
+  return counts_.since(spec().lifetime.first_bucket(expiry));
 }
 
 uint64_t Table::size() const {

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
+import threading
 import warnings
 from types import TracebackType
 from typing import Any, Self
 
 from damo_embedding import _core
 from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
+from damo_embedding.progress import Progress, reporting
 
 __all__ = ["Storage"]
 
@@ -22,16 +25,25 @@ _MIN_DISK = 1 << 26
 PathLike = str | os.PathLike[str]
 
 
+def _index(value: object) -> int | None:
+    """What an int of any library is; None for floats, bools and everything else, arrays of them included."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def parse_bytes(argument: str, value: int | str) -> int:
     """A size in bytes: an int, or a text such as "2GiB" or "512 MiB"."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError(f'[storage] {argument} is {value!r}, expected bytes as an int or a text such as "2GiB"')
-    if isinstance(value, int):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if not isinstance(value, str):
+        number = _index(value)
+        if number is None:
+            raise TypeError(f'[open] {argument} is {value!r}, expected bytes as an int or a text such as "2GiB"')
+        return number
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", value)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(
-            f'[storage] {argument} is {value!r}, expected a size such as "2GiB", "512MiB" or a number of bytes'
+            f'[open] {argument} is {value!r}, expected a size such as "2GiB", "512MiB" or a number of bytes'
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -45,13 +57,17 @@ def parse_path(operation: str, argument: str, value: PathLike) -> str:
         raise TypeError(f"[{operation}] {argument} is a path of bytes, expected a str or a Path")
     if path == "" or "\0" in path:
         raise ValueError(f"[{operation}] {argument} is {path!r}, expected the name of a file or directory")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"[{operation}] {argument} is {path!r}, expected a name that is UTF-8") from None
     return path
 
 
-def _parse_int(operation: str, argument: str, value: int, low: int, high: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"[{operation}] {argument} is {value!r}, expected an int")
-    number = int(value)
+def _parse_int(operation: str, argument: str, value: int, low: int, high: int, expected: str = "an int") -> int:
+    number = _index(value)
+    if number is None:
+        raise TypeError(f"[{operation}] {argument} is {value!r}, expected {expected}")
     if not low <= number <= high:
         raise ValueError(f"[{operation}] {argument} is {number}, expected {low} to {high}")
     return number
@@ -62,7 +78,10 @@ def _step_and_extra(operation: str, step: int | None, extra: bytes | str | None)
     if extra is None:
         return number, b""
     if isinstance(extra, str):
-        return number, extra.encode()
+        try:
+            return number, extra.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"[{operation}] extra is {extra!r}, which UTF-8 does not hold: give bytes") from None
     if not isinstance(extra, bytes):
         raise TypeError(f"[{operation}] extra is {type(extra).__name__}, expected bytes or str")
     return number, extra
@@ -119,6 +138,7 @@ class Storage:
         disk: int | str | None = None,
     ) -> None:
         self._core = self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk)
+        self._dumping: list[int] = []  # the threads that are in a dump, which close() waits for
 
     @staticmethod
     def _options(
@@ -168,6 +188,7 @@ class Storage:
     def _wrap(cls, core: _core.Storage) -> Self:
         storage = cls.__new__(cls)
         storage._core = core
+        storage._dumping = []
         return storage
 
     @classmethod
@@ -263,7 +284,9 @@ class Storage:
 
     @now.setter
     def now(self, seconds: int) -> None:
-        self._core.now = _parse_int("now", "now", seconds, 0, 2**62)
+        self._core.now = _parse_int(
+            "now", "now", seconds, 0, 2**62, "whole seconds since 1970 as an int, e.g. int(time.time())"
+        )
 
     def expire(self, now: int | None = None) -> int:
         """Confirms the clock, however far it is ahead of the last operation; returns how many rows expired by it.
@@ -290,23 +313,23 @@ class Storage:
         Raises:
             ValueError: There is no such group.
         """
-        self._core.drop_group(self._group("drop_group", group))
-
-    def _group(self, operation: str, group: int | str) -> int:
-        groups = self.groups()
-        if isinstance(group, str):
-            numbers = {name: number for number, name in groups.items() if name}
-            if group not in numbers:
-                raise ValueError(f"[{operation}] there is no group {group!r}; the storage has {sorted(numbers)}")
-            return numbers[group]
-        number = _parse_int(operation, "group", group, 0, 255)
-        if number not in groups:
-            raise ValueError(f"[{operation}] there is no group {number}; the storage has {sorted(groups)}")
-        return number
+        self._core.drop_group(self._group_number("drop_group", group))
 
     def groups(self) -> dict[int, str]:
         """The stored groups by number, with their names ("" for one that is known by its number)."""
         return {group["group"]: group["name"] for group in self.stats()["groups"]}
+
+    def _group_number(self, operation: str, group: int | str) -> int:
+        """The number of a stored group that is given by number or name."""
+        wanted = (
+            group if isinstance(group, str) else _parse_int(operation, "group", group, 0, 255, "a number or a name")
+        )
+        groups = self.groups()
+        found = [number for number, name in groups.items() if wanted in ((number, name) if name else (number,))]
+        if not found:
+            known = ", ".join(repr(name) if name else str(number) for number, name in groups.items())
+            raise ValueError(f"[{operation}] there is no group {group!r}; the storage has {known or 'none yet'}")
+        return found[0]
 
     def commit(self, step: int | None = None, extra: bytes | str | None = None) -> None:
         """Syncs the log: everything that returned before survives power loss.
@@ -365,6 +388,7 @@ class Storage:
         group: int | str | None = None,
         min_count: int = 0,
         expire_days: int | None = None,
+        progress: Progress | None = None,
     ) -> int:
         """Writes the serving file (keys and weights, little-endian, docs/format.md), as of now.
 
@@ -376,25 +400,40 @@ class Storage:
             group: This group only (number or name).
             min_count: Leave out rows updated fewer times.
             expire_days: Leave out rows whose last update is more than that many days before `now`.
+            progress: Told how far it is: a function, called as progress(done, total) at the start, now and then
+                and at the end, with the rows gone through (those left out, too) and the rows there are; or a
+                progress bar: `tqdm`, or one of your own such as `tqdm(unit=" rows")`, which stays yours to
+                close. Any class or object that has tqdm's `reset(total=...)` and `update(n)` will do.
+
+        What `progress` raises ends the dump, and so does Ctrl-C, with it or without: the exception comes out, and
+        `path` is what it was. It may use the storage, but not close it.
 
         Returns:
             How many rows it holds.
 
         Raises:
-            ValueError: There is no group of that name.
+            ValueError: There is no such group.
             StorageError: The directory does not exist, or the disk is full; `path` is what it was.
-            CorruptionError: A row on disk is damaged.
+            CorruptionError: A row on disk is damaged; `path` is what it was.
 
         Example:
-            >>> storage.dump("weights.bin", group="item", min_count=3)  # doctest: +SKIP
+            >>> from tqdm import tqdm  # doctest: +SKIP
+            >>> storage.dump("weights.bin", group="item", min_count=3, progress=tqdm)  # doctest: +SKIP
             182345
         """
-        number = None if group is None else self._group("dump", group)
+        number = None if group is None else self._group_number("dump", group)
         count = _parse_int("dump", "min_count", min_count, 0, 2**32 - 1)
         since = (
             None if expire_days is None else self.now - _DAY * _parse_int("dump", "expire_days", expire_days, 0, 10**9)
         )
-        return self._core.dump(parse_path("dump", "path", path), number, count, since)
+        text = parse_path("dump", "path", path)
+        thread = threading.get_ident()
+        with reporting("dump", progress) as report:
+            self._dumping.append(thread)
+            try:
+                return self._core.dump(text, number, count, since, report)
+            finally:
+                self._dumping.remove(thread)
 
     def stats(self) -> dict[str, Any]:
         """Counts since opening, and sizes now. Sizes are in bytes; keys are distinct keys of a call.
@@ -427,7 +466,15 @@ class Storage:
 
         Calls in flight on other threads end first. When the disk is full nothing is lost: the log has the
         rows, and the next open does them again.
+
+        Raises:
+            ValueError: Called by the `progress` of a dump, which it would wait for.
         """
+        if threading.get_ident() in self._dumping:
+            raise ValueError(
+                f"[close] the storage {self.path} is being dumped by this thread: close it when dump() has returned or"
+                " raised"
+            )
         self._core.close()
 
     def __enter__(self) -> Self:

@@ -154,6 +154,8 @@ TEST_CASE("format: a whole row of a newer format, or with flags of one, is refus
   };
   CHECK_NOTHROW(decode_row(kKey, bytes_of(sealed(0, 1)), 3));  // the helper makes good rows
   CHECK_THROWS_WITH_AS(decode_row(kKey, bytes_of(sealed(0, 2)), 3), doctest::Contains("row format 2"), CorruptionError);
+  CHECK_THROWS_WITH_AS(decode_row(kKey, bytes_of(sealed(0, 2)), 3), doctest::Contains("upgrade damo-embedding"),
+                       CorruptionError);
   for (int bit = 1; bit < 8; ++bit)
     CHECK_THROWS_WITH_AS(decode_row(kKey, bytes_of(sealed(1, static_cast<uint8_t>(1 | 1 << bit))), 3),
                          doctest::Contains("newer version"), CorruptionError);

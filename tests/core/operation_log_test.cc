@@ -469,7 +469,8 @@ TEST_CASE("log: a segment of another storage, a newer version or another kind of
   std::string newer = whole;
   newer[8] = 2;
   write_bytes(segment(directory, 1), newer);
-  CHECK(contains(refusal(options), "was written by a newer version: log format 2"));
+  CHECK(contains(refusal(options), "has log format 2 at offset 8"));
+  CHECK(contains(refusal(options), "upgrade damo-embedding"));
 
   write_bytes(segment(directory, 1), "#!/bin/sh\n" + whole);
   CHECK(contains(refusal(options), "not a segment of an operation log"));

@@ -720,6 +720,100 @@ TEST_CASE(
     CHECK(entry.path().string().find(".building") == std::string::npos);
 }
 
+TEST_CASE("storage: a dump says how far it is, and what that throws leaves the file of before and no other") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s");
+  Table& table = storage->table(spec_of(2, kMaxDimension, "sgd"));
+  storage->table(spec_of(3, 1));
+  const uint64_t rows = 2500;  // 16 KB written a row: reported at both ends and twice between them
+  std::vector<uint64_t> keys(100);
+  for (uint64_t begin = 0; begin < rows; begin += keys.size()) {
+    for (uint64_t i = 0; i < keys.size(); ++i) keys[i] = begin + i;
+    lookup(table, keys, true);
+  }
+  using Calls = std::vector<std::pair<uint64_t, uint64_t>>;
+  const auto calls_of = [&](const Storage::DumpConditions& conditions) {
+    Calls calls;
+    storage->dump(directory / "dump.bin", conditions,
+                  [&](uint64_t done, uint64_t total) { calls.emplace_back(done, total); });
+    return calls;
+  };
+  const Calls calls = calls_of({});
+  REQUIRE(calls.size() == 4);
+  CHECK(calls.front() == std::pair(uint64_t{0}, rows));
+  CHECK(calls.back() == std::pair(rows, rows));
+  CHECK(std::is_sorted(calls.begin(), calls.end()));
+  CHECK(calls_of({.min_count = 1}) == calls);  // rows left out are gone through, too
+  CHECK(calls_of({.group = 3}) == Calls{{0, 0}, {0, 0}});
+
+  write_file_atomically(directory / "dump.bin", std::string_view("of before"));
+  for (const auto& [at, total] : calls) {
+    CHECK_THROWS_WITH_AS(storage->dump(directory / "dump.bin", {},
+                                       [stop = at](uint64_t done, uint64_t) {
+                                         if (done == stop) throw std::runtime_error("enough");
+                                       }),
+                         "enough", std::runtime_error);
+    CHECK(read_file(directory / "dump.bin", 100) == "of before");
+  }
+  for (const auto& entry : fs::directory_iterator(directory.path()))
+    CHECK(entry.path().string().find(".building") == std::string::npos);
+}
+
+TEST_CASE("storage: a row of a newer format is refused by every verb that needs it, and stays as it is") {
+  const TemporaryDirectory directory;
+  const uint64_t key = 7;
+  {
+    const auto storage = open(directory / "s");
+    const std::vector<float> ones(2 * 4, 1.0f);
+    storage->table(spec_of(0, 4)).apply_gradients(std::vector<uint64_t>{key, 8}, ones.data(), std::nullopt);
+  }
+  const StoreOptions cold{.directory = directory / "s" / "generation-000001" / "rocksdb"};
+  const StoredKey stored = StoredKey::make(1, mix_key(key));
+  const auto stored_bytes = [&] {
+    std::string row;
+    open_rocksdb_store(cold)->multi_get({&stored, 1}, [&](size_t, Bytes value) {
+      row.assign(reinterpret_cast<const char*>(value.data()), value.size());
+    });
+    return row;
+  };
+  // What a newer version would have written, under a checksum that agrees.
+  std::string newer = stored_bytes();
+  REQUIRE(newer.size() > kRowHeaderBytes);
+  newer[0] = static_cast<char>(kRowFormat + 1);
+  std::fill_n(newer.begin() + 4, 4, '\0');
+  const std::string keyed = std::string(reinterpret_cast<const char*>(stored.bytes.data()), StoredKey::kBytes) + newer;
+  const auto checksum = static_cast<uint32_t>(checksum64(std::as_bytes(std::span(keyed))));
+  std::memcpy(newer.data() + 4, &checksum, sizeof checksum);
+  {
+    const auto store = open_rocksdb_store(cold);
+    const auto writer = store->begin_write();
+    writer->put(stored, std::as_bytes(std::span(newer)));
+    writer->commit();
+  }
+  {
+    const auto storage = open(directory / "s");
+    Table& table = storage->table(spec_of(0, 4));
+    const std::vector<uint64_t> keys{8, key};
+    const std::vector<float> ones(keys.size() * 4, 1.0f);
+    const uint64_t sequence = storage->stats().sequence;
+    const auto refused = [](auto&& use) {
+      CHECK_THROWS_WITH_AS(use(), doctest::Contains("upgrade damo-embedding"), CorruptionError);
+    };
+    refused([&] { lookup(table, keys); });
+    refused([&] { lookup(table, keys, true); });
+    refused([&] { table.apply_gradients(keys, ones.data(), std::nullopt); });
+    refused([&] { table.inspect(key); });
+    refused([&] { rows_of(table); });
+    refused([&] { storage->dump(directory / "dump.bin", {}); });
+    CHECK_FALSE(fs::exists(directory / "dump.bin"));
+    CHECK(storage->stats().sequence == sequence);
+    CHECK(table.step() == 1);
+    lookup(table, {8}, true);  // the other row is as good as before
+    storage->checkpoint(directory / "checkpoint", 1, "");
+  }
+  CHECK(stored_bytes() == newer);
+}
+
 TEST_CASE("storage: two dumps and two checkpoints to one name at once leave one whole file, one whole checkpoint") {
   const TemporaryDirectory directory;
   const auto storage = open(directory / "s");

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""read_dump against files made by a writer of its own, whole and damaged."""
+"""read_dump, and the readers of examples/, against files made by a writer of its own, whole and damaged."""
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import struct
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 
 from damo_embedding import dump_reader, read_dump
 from damo_embedding.errors import CorruptionError
+from strangers import COMPILER, ENVIRONMENT, EXAMPLES, RefusedError, c_reader, rows_in_c, rows_in_python
 
 HEADER_BYTES = 256 * 4 + 256 * 8
 Record = tuple[int, int, list[float]]  # group, key, weights
@@ -52,6 +56,15 @@ def check(path: Path, records: list[Record], dimensions: dict[int, int]) -> None
         assert keys.tolist() == [record[1] for record in own]
         expected = np.array([record[2] for record in own], np.float32).reshape(len(own), dimensions[group])
         np.testing.assert_array_equal(weights, expected, strict=True)
+    in_order = [(group, key, tuple(weights)) for group, key, weights in records]
+    assert list(rows_in_python(path)) == in_order
+    if COMPILER is not None:
+        assert [(group, key, floats(weights)) for group, key, weights in rows_in_c(path)] == in_order
+
+
+def floats(printed: tuple[float, ...]) -> tuple[float, ...]:
+    """The float32 whose nine digits were read as a double."""
+    return tuple(np.array(printed, np.float32).tolist())
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
@@ -134,6 +147,11 @@ def corruption(path: Path, offset: int | None = None) -> None:
     )
     with pytest.raises(CorruptionError, match=pattern):
         read_dump(path)
+    with pytest.raises(RefusedError, match=re.escape(str(path))):
+        list(rows_in_python(path))
+    if COMPILER is not None:
+        with pytest.raises(RefusedError, match=re.escape(str(path)) + r": .*\(offset \d+\)"):
+            rows_in_c(path)
 
 
 def test_a_file_cut_at_any_length_is_corruption(tmp_path: Path) -> None:
@@ -226,6 +244,7 @@ def test_a_flip_in_tables_or_groups_is_corruption_and_one_elsewhere_changes_one_
             corruption(path)
         else:
             read_dump(path)
+            assert len(list(rows_in_python(path))) == len(RECORDS)
 
 
 def test_a_file_that_changes_while_it_is_read_is_corruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,3 +284,61 @@ def test_the_reader_takes_little_more_memory_than_its_result(tmp_path: Path) -> 
     tracemalloc.stop()
     assert peak < rows * (8 + 4 * dimension) + (16 << 20)
     assert read[0][0][-1] == rows - 1
+
+
+# -------------------------------------------------------------------- the readers of examples/
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler (looked for $CC, cc, gcc, clang)")
+
+
+def test_the_reader_in_python_is_40_lines_and_imports_nothing_but_struct_and_sys() -> None:
+    text = (EXAMPLES / "read_dump.py").read_text()
+    assert len(text.splitlines()) <= 40
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {name.name for node in imports for name in node.names} == {"struct", "sys"}
+
+
+@needs_compiler
+def test_both_readers_print_the_same_lines(tmp_path: Path) -> None:
+    path = tmp_path / "dump.bin"
+    path.write_bytes(dump_bytes([*RECORDS, (9, 2**64 - 1, [-0.0, 1e-45, 3.4028235e38])], DIMENSIONS))
+    in_python = subprocess.run(
+        [sys.executable, "-I", EXAMPLES / "read_dump.py", path], capture_output=True, text=True, check=True
+    )
+    assert in_python.stdout.splitlines()[-1] == "9 18446744073709551615 -0 1.40129846e-45 3.40282347e+38"
+    in_c = subprocess.run([c_reader(), path], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert in_c.stdout == in_python.stdout
+
+
+@needs_compiler
+def test_the_reader_in_c_refuses_what_is_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path, Path("/dev/null")):
+        with pytest.raises(RefusedError, match=re.escape(str(path))):
+            rows_in_c(path)
+    assert subprocess.run([c_reader()], capture_output=True, check=False, env=ENVIRONMENT).returncode == 2
+
+
+@needs_compiler
+def test_all_readers_agree_on_files_damaged_at_random_and_none_crashes(tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    whole = np.frombuffer(dump_bytes(RECORDS, DIMENSIONS), np.uint8)
+    starts = [4 * 2, 4 * 9, 4 * 20, 1024 + 8 * 2, 1024 + 8 * 9, 1024 + 8 * 20, HEADER_BYTES + 8, HEADER_BYTES + 28]
+    path = tmp_path / "dump.bin"
+    refused = 0
+    for number in range(200):
+        bad = whole.copy()
+        # A few wild bytes: anywhere, or where the numbers are that a reader believes.
+        start = int(random.choice(starts)) if number % 2 else int(random.integers(bad.size - 8))
+        size = int(random.integers(1, 9))
+        bad[start : start + size] = random.choice([0, 1, 0x7F, 0xFF, random.integers(256)], size)
+        path.write_bytes(bad[: random.choice([bad.size, random.integers(bad.size)], p=[0.8, 0.2])].tobytes())
+        verdicts = []
+        for reader in (read_dump, lambda path: list(rows_in_python(path)), rows_in_c):
+            try:
+                reader(path)
+                verdicts.append(True)
+            except (CorruptionError, RefusedError):
+                verdicts.append(False)
+        assert len(set(verdicts)) == 1, path.read_bytes()
+        refused += not verdicts[0]
+    assert 50 < refused < 200

@@ -134,27 +134,6 @@ def test_a_batch_larger_than_memory_is_one_step(storage: de.Storage, random: np.
     assert_equals_reference(embedding, table)
 
 
-def test_256_groups_of_other_dimensions_fit_into_one_small_storage(
-    storage: de.Storage, random: np.random.Generator
-) -> None:
-    optimizers = [de.SGD(lr=0.1), de.Adagrad(lr=0.1), de.Adam(lr=0.1)]
-    embeddings = [make(storage, group, optimizers[group % 3], dimension=1 + 5 * group) for group in range(256)]
-    tables = [oracle_of(embedding) for embedding in embeddings]
-    for _ in range(2):
-        for embedding, table in zip(embeddings, tables, strict=True):
-            keys = random.integers(0, 12, 10)
-            values = gradients(random, keys, embedding.dimension)
-            np.testing.assert_array_equal(embedding.lookup(keys), table.lookup(keys))
-            embedding.apply_gradients(keys, values)
-            table.apply_gradients(keys, values)
-    assert storage.stats()["evictions"] > 0
-    for embedding, table in zip(embeddings[::51], tables[::51], strict=True):
-        assert_equals_reference(embedding, table)
-    for embedding, table in zip(embeddings, tables, strict=True):
-        keys = np.arange(12)
-        np.testing.assert_array_equal(embedding.lookup(keys, insert=False), table.lookup(keys, insert=False))
-
-
 def test_rows_of_every_optimizer_come_back_from_the_disk_and_from_the_log(
     tmp_path: Path, random: np.random.Generator
 ) -> None:

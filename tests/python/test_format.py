@@ -180,6 +180,7 @@ def test_the_manifest_holds_the_groups(open_storage: Any, tmp_path: Path) -> Non
                 "eps": 0.25,
                 "weight_decay": 0.0,
                 "initial_accumulator_value": 0.0,
+                "lr_decay": 0.0,
             },
             "state": [(b"sum", 1, 0.0)],
             "initializer": b"uniform",
@@ -207,8 +208,8 @@ def test_the_log_holds_the_operations(open_storage: Any, tmp_path: Path) -> None
     insert.end()
 
     # table, optimizer, kernel, dimension, group step, time, alive since, keys, numbers, age unit
-    assert apply.take("IIIIQqqQII") == (1, 2, 1, DIMENSION, 1, 1_400, 900, 4, 3, 1)
-    assert apply.take("3d") == (0.5, 0.25, 0.0)
+    assert apply.take("IIIIQqqQII") == (1, 2, 1, DIMENSION, 1, 1_400, 900, 4, 4, 1)
+    assert apply.take("4d") == (0.5, 0.25, 0.0, 0.0)
     assert apply.take("Q4q") == (2, 1_000, -4, 1_400, 4)
     assert apply.take("4Q") == (7, MASK, 0, 2**40)  # in order of appearance
     assert apply.take("12f") == (12, 14, 16, 3, 4, 5, 6, 7, 8, 9, 10, 11)  # key 7 stands twice

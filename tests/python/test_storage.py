@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -123,8 +124,24 @@ def test_a_file_is_refused(path: Path) -> None:
 
 
 def test_a_parent_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(de.StorageError, match="absent"):
-        small(tmp_path / "absent" / "table.damo")
+    for opening in (de.Storage, de.Storage.create):
+        for path in (tmp_path / "absent" / "table.damo", f"{tmp_path}/absent/table.damo/"):
+            with pytest.raises(
+                de.StorageError, match=r"\[open\] the directory .*/absent does not exist: make it first"
+            ):
+                opening(path, memory="16MiB")
+
+
+def test_a_checkpoint_is_not_taken_for_a_storage_nor_a_storage_for_a_checkpoint(kept: Path, path: Path) -> None:
+    before = files_of(kept)
+    for opening in (de.Storage, de.Storage.create, de.Storage.open):
+        with pytest.raises(de.StorageError, match=r"is a checkpoint: restore it .* with Storage\.restore"):
+            opening(kept, memory="16MiB")
+    small(path).close()
+    with pytest.raises(de.StorageError, match=r"not a checkpoint: .*; it is a storage: open it with Storage\(path\)"):
+        de.Storage.restore(path, path.with_name("copy"), memory="16MiB")
+    assert files_of(kept) == before
+    assert not path.with_name("copy").exists()
 
 
 @pytest.fixture
@@ -605,6 +622,13 @@ STATS = {
 }  # fmt: skip
 
 
+def test_every_number_of_stats_is_documented(storage: de.Storage) -> None:
+    make(storage)
+    documented = re.findall(r"\w+", de.Storage.stats.__doc__ or "")
+    stats = storage.stats()
+    assert set(stats) | set(stats["groups"][0]) <= set(documented)
+
+
 def test_stats_count_rows_hits_and_misses(storage: de.Storage) -> None:
     embedding = make(storage)
     embedding.lookup([1, 2, 3, 3])
@@ -739,6 +763,26 @@ BAD_CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "checkpoint to a number": (lambda s: s.checkpoint(3), TypeError, r"\[checkpoint\] directory is int"),  # type: ignore[arg-type]
     "checkpoint to bytes": (lambda s: s.checkpoint(b"c"), TypeError, r"\[checkpoint\] directory is bytes"),  # type: ignore[arg-type]
     "checkpoint to nothing": (lambda s: s.checkpoint(""), ValueError, r"\[checkpoint\] directory is ''"),
+    "checkpoint as a generation": (
+        lambda s: s.checkpoint(f"{s.path}/generation-000002"),
+        de.StorageError,
+        r"\[checkpoint\] .* is among the storage's own files, in generation-000002 of .*: give a place outside",
+    ),
+    "dump over its own file": (
+        lambda s: s.dump(f"{s.path}/../{Path(s.path).name}/CURRENT"),
+        de.StorageError,
+        r"\[dump\] .* is among the storage's own files, in CURRENT of",
+    ),
+    "dump among its own files": (
+        lambda s: s.dump(f"{s.path}/generation-000001/rocksdb/weights.bin"),
+        de.StorageError,
+        r"\[dump\] .* is among the storage's own files, in generation-000001 of",
+    ),
+    "commit what is no text": (
+        lambda s: s.commit(1, "\udc80"),
+        ValueError,
+        r"\[commit\] extra is '\\udc80', which UTF-8",
+    ),
     "checkpoint a step": (
         lambda s: s.checkpoint(f"{s.path}-c", -2),
         ValueError,
@@ -754,10 +798,37 @@ BAD_CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "dump an unknown name": (lambda s: s.dump(f"{s.path}-d", group="item"), ValueError, "no group 'item'"),
     "dump an unknown number": (lambda s: s.dump(f"{s.path}-d", group=8), ValueError, "no group 8"),
     "dump group 256": (lambda s: s.dump(f"{s.path}-d", group=256), ValueError, "group is 256"),
+    "dump a number as a text": (
+        lambda s: s.dump(f"{s.path}-d", group="7"),
+        ValueError,
+        r"no group '7'; the storage has 7, 'user'$",
+    ),
+    "dump a group of no name": (lambda s: s.dump(f"{s.path}-d", group=""), ValueError, "no group ''"),
+    "dump a bool": (lambda s: s.dump(f"{s.path}-d", group=True), TypeError, r"group is True"),
+    "dump a group between two": (lambda s: s.dump(f"{s.path}-d", group=7.0), TypeError, "group is 7.0"),  # type: ignore[arg-type]
+    "dump an array of groups": (
+        lambda s: s.dump(f"{s.path}-d", group=np.array([7, 255])),  # type: ignore[arg-type]
+        TypeError,
+        "group is array",
+    ),
+    "dump more days than there were": (
+        lambda s: s.dump(f"{s.path}-d", expire_days=10**9 + 1),
+        ValueError,
+        "expire_days is 1000000001, expected 0 to 1000000000",
+    ),
+    "dump to a name that is not UTF-8": (
+        lambda s: s.dump("\udcff"),
+        ValueError,
+        r"\[dump\] path is '\\udcff', expected a name that is UTF-8",
+    ),
     "dump a negative count": (lambda s: s.dump(f"{s.path}-d", min_count=-1), ValueError, "min_count is -1"),
     "dump a float": (lambda s: s.dump(f"{s.path}-d", min_count=1.5), TypeError, "min_count is 1.5"),  # type: ignore[arg-type]
     "dump negative days": (lambda s: s.dump(f"{s.path}-d", expire_days=-1), ValueError, "expire_days is -1"),
-    "now a float": (lambda s: setattr(s, "now", 1.5), TypeError, r"\[now\] now is 1.5"),
+    "now a float": (
+        lambda s: setattr(s, "now", 1.5),
+        TypeError,
+        r"\[now\] now is 1.5, expected whole seconds since 1970 as an int, e\.g\. int\(time\.time\(\)\)",
+    ),
     "now None": (lambda s: setattr(s, "now", None), TypeError, r"\[now\] now is None"),
     "now before 1970": (lambda s: setattr(s, "now", -1), ValueError, r"\[now\] now is -1"),
 }
@@ -775,6 +846,8 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "memory a bool": ({"memory": True}, TypeError, "memory is True"),
     "memory None": ({"memory": None}, TypeError, "memory is None"),
     "memory of no unit": ({"memory": "1 GiBs"}, ValueError, "memory is '1 GiBs', expected a size"),
+    "memory of a float array": ({"memory": np.array(2.0**30)}, TypeError, "memory is array"),
+    "memory of more digits than there are": ({"memory": "9" * 400}, ValueError, "memory is '999.*expected a size"),
     "memory of no number": ({"memory": "much"}, ValueError, "memory is 'much'"),
     "durability": (
         {"durability": "commit"},
@@ -796,6 +869,7 @@ def settled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[de.Storage]:
     """For calls that must not change anything: one storage for all of them."""
     with small(tmp_path_factory.mktemp("settled") / "table.damo") as storage:
         train(make(storage))
+        make(storage, "user", 2)
         yield storage
 
 
@@ -827,6 +901,6 @@ def test_a_path_that_is_no_path_is_a_type_error(bad: Any) -> None:
         de.Storage(bad, memory="16MiB")
 
 
-@pytest.mark.parametrize("text", ["16MiB", "16 mib", "0.5GiB", "64MB", "16777216", 2**24])
+@pytest.mark.parametrize("text", ["16MiB", "16 mib", "0.5GiB", "64MB", "16777216", 2**24, np.int64(2**24)])
 def test_sizes_are_numbers_or_texts_with_a_unit(path: Path, text: str | int) -> None:
     de.Storage(path, memory=text).close()
