@@ -73,11 +73,16 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
   const size_t dimension = spec().dimension;
   Tiers::HotRead read = tiers.read_hot(shape_, *batch, ShardOrder(*batch, tiers.hot()), out, insert);
   if (insert) {
+    // All in one record, so that after a crash the lookup made all of its rows or none.
+    std::vector<uint32_t> fresh = std::move(read.erased);
+    std::optional<uint32_t> absent_at;
     if (!read.missing.empty()) {
       Tiers::Absent absent = tiers.bring_in(shape_, *batch, std::move(read.missing), out);
-      if (!absent.rows.empty()) create(*batch, absent.rows, absent.epoch, out);
+      // The epoch says nothing of the erased rows: those were seen before it.
+      if (fresh.empty()) absent_at = absent.epoch;
+      fresh.insert(fresh.end(), absent.rows.begin(), absent.rows.end());
     }
-    if (!read.erased.empty()) create(*batch, read.erased, std::nullopt, out);
+    if (!fresh.empty()) create(*batch, fresh, absent_at, out);
   } else {
     const auto first_weights = [&](uint32_t r) {
       float* to = out + batch->first[r] * dimension;
