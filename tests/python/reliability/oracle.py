@@ -82,6 +82,7 @@ class Oracle:
         }
         self.sequence = 0  # of the last operation
         self.now = now
+        self.last_may_be_missing = False  # of the last operation nobody knows whether it happened
         self._clock = 0
         self._last_commit: Commit | None = None
         self._first = 0  # the oldest sequence number that can be asked for
