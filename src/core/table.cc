@@ -25,6 +25,18 @@ void for_each_chunk(std::span<const uint32_t> rows, size_t size, Visit&& visit) 
     visit(rows.subspan(begin, std::min(size, rows.size() - begin)));
 }
 
+// Changes memory after the record is in the log. Only memory can run out here: then the storage latches, while the
+// structure lock is still held, so that no row of which only a part was changed is ever written; redo does it all.
+template <class Change>
+void after_log(Tiers& tiers, Change&& change) {
+  try {
+    change();
+  } catch (...) {
+    tiers.fail(std::current_exception());
+    throw;
+  }
+}
+
 void check_positions(const char* operation, size_t positions) {
   if (positions >= Batch::kMaxPositions)
     throw std::invalid_argument(std::string("[") + operation + "] " + std::to_string(positions) +
@@ -131,7 +143,7 @@ void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<u
         tiers.abandon(prepared);
         throw;
       }
-      tiers.create_rows(shape_, batch, prepared, sequence, time);
+      after_log(tiers, [&] { tiers.create_rows(shape_, batch, prepared, sequence, time); });
       rows_ += created.size();
     }
     for (const uint32_t r : chunk) {
@@ -270,9 +282,11 @@ void Table::apply_sums(const Batch& batch, const float* sums, std::optional<doub
         tiers.abandon(prepared);
         throw;
       }
-      tiers.create_rows(shape_, batch, prepared, sequence, record.time);
-      tiers.apply(shape_, batch, rows, prepared, optimizer(), record.numbers, sums, sequence, record.group_step,
-                  record.time);
+      after_log(tiers, [&] {
+        tiers.create_rows(shape_, batch, prepared, sequence, record.time);
+        tiers.apply(shape_, batch, rows, prepared, optimizer(), record.numbers, sums, sequence, record.group_step,
+                    record.time);
+      });
     } else {
       // More rows than memory holds at once: logged whole first, then applied part by part. Should a part fail,
       // the storage latches, and redo completes the operation at the next open.
@@ -327,7 +341,7 @@ uint64_t Table::erase(std::span<const uint64_t> keys) {
     if (rows.size() <= chunk) {
       Tiers::Prepared prepared = tiers.prepare(shape_, batch, rows, false);
       log();
-      tiers.erase(rows, prepared, sequence);
+      after_log(tiers, [&] { tiers.erase(rows, prepared, sequence); });
     } else {
       log();
       try {

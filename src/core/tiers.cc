@@ -651,6 +651,7 @@ void Tiers::cut([[maybe_unused]] std::unique_lock<std::mutex> write, std::unique
       encoded.clear();
       {
         const std::lock_guard lock(structure_);
+        throw_if_failed();  // a row may be half changed
         for (size_t i = begin; i < std::min(list.size(), begin + kCopyChunk); ++i) {
           const size_t at = bytes.size();
           HotRow* row = row_of(list[i]);
@@ -818,6 +819,7 @@ void Tiers::write_back(std::vector<Leaving>& victims, bool take_slab) {
     uint64_t newest = 0;
     {
       const std::lock_guard lock(structure_);
+      throw_if_failed();  // a row may be half changed
       for (size_t i = begin; i < std::min(victims.size(), begin + kCopyChunk); ++i) {
         const HotRow* row = row_of(victims[i]);
         if (row == nullptr || !row->has(HotRow::kDirty)) continue;  // gone or clean by now
