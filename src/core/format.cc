@@ -5,6 +5,7 @@
 #include <xxhash.h>
 
 #include "error.h"
+#include "planted.h"
 
 namespace damo {
 namespace {
@@ -119,7 +120,8 @@ DecodedRow decode_row(const StoredKey& key, Bytes value, size_t num_floats) {
   at(0, format);
   at(1, flags);
   at(4, checksum);
-  if (checksum != row_checksum(key, value)) damaged("its checksum does not agree");
+  if (checksum != row_checksum(key, value) && !planted("row's checksum not looked at"))
+    damaged("its checksum does not agree");
   if (format != kRowFormat) damaged("row format " + std::to_string(format) + ", this version reads 1");
   if ((flags & ~kFlagFloats) != 0) damaged("flags " + std::to_string(flags) + " are of a newer version");
   DecodedRow row;

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "error.h"
+#include "planted.h"
 
 namespace damo {
 namespace {
@@ -82,7 +83,8 @@ uint64_t Storage::append(RecordType type, std::span<const Bytes> parts) {
 }
 
 void Storage::after_operation(uint64_t sequence) {
-  if (options_.durability == Durability::kDurable && sequence != 0) log_->sync_to(sequence);
+  if (options_.durability == Durability::kDurable && sequence != 0 && !planted("durable does not wait"))
+    log_->sync_to(sequence);
 }
 
 int64_t Storage::tick() {
@@ -377,7 +379,7 @@ void Storage::commit(int64_t step, std::string extra) {
       throw;
     }
   }
-  log_->sync_to(sequence);
+  if (!planted("commit does not sync")) log_->sync_to(sequence);
 }
 
 std::optional<CommitRecord> Storage::last_commit() const {
@@ -438,9 +440,12 @@ void Storage::build_presence() {
 
 uint64_t Storage::cut_log() {
   uint64_t sequence = 0;
-  cut([&](const CutInfo& info) { sequence = info.counters.sequence; });
+  if (planted("log cut without a cut"))
+    sequence = log_->last_sequence();
+  else
+    cut([&](const CutInfo& info) { sequence = info.counters.sequence; });
   if (tiers_->presence().complete()) tiers_->presence().save(presence_file(), sequence);
-  log_->drop_through(sequence);
+  log_->drop_through(planted("log cut too far") ? UINT64_MAX : sequence);
   return sequence;
 }
 

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "error.h"
+#include "planted.h"
 
 namespace damo {
 namespace {
@@ -57,7 +58,7 @@ void Tiers::fail(std::exception_ptr error) noexcept {
 }
 
 void Tiers::throw_if_failed() const {
-  if (!failed_.load()) return;
+  if (!failed_.load() || planted("failed write forgotten")) return;
   const std::lock_guard lock(error_mutex_);
   std::rethrow_exception(error_);
 }
@@ -183,12 +184,13 @@ void Tiers::fill_from(const TableShape& shape, const StoredKey& key, Bytes value
   const DecodedRow decoded = decode_row(key, value, shape.num_floats());
   row.mixed = key.mixed();
   row.table_id = key.table_id();
-  row.sequence = decoded.header.sequence;
+  row.sequence = planted("sequence number lost on disk") ? 0 : decoded.header.sequence;
   row.time = decoded.header.time;
   row.update_count = decoded.header.update_count;
   row.step = decoded.header.step;
   if (decoded.header.has_floats)
-    std::memcpy(row.floats(), decoded.floats.data(), decoded.floats.size());
+    std::memcpy(row.floats(), decoded.floats.data(),
+                planted("state not read back") ? shape.spec.dimension * sizeof(float) : decoded.floats.size());
   else
     shape.first_floats(row.mixed, row.floats());
 }
@@ -480,7 +482,7 @@ void Tiers::create_rows(const TableShape& shape, const Batch& batch, const Prepa
     row->update_count = 0;
     row->step = 0;
     row->flags = static_cast<uint8_t>((row->flags & HotRow::kSaved) | HotRow::kDirty);
-    shape.first_floats(row->mixed, row->floats());
+    if (pending || !planted("erased row comes back")) shape.first_floats(row->mixed, row->floats());
     if (pending) hot_.insert(shard, slot);
   }
   counters_.created += prepared.fresh.size();
@@ -509,7 +511,9 @@ void Tiers::apply(const TableShape& shape, const Batch& batch, std::span<const u
         const uint32_t r = in_shard[i];
         HotRow* row = hot_.row(prepared.slots[r]);
         // A row created by this very operation has its sequence number already, and no update yet.
-        if (row->sequence > sequence || (row->sequence == sequence && row->update_count > 0)) continue;
+        if (!planted("redo twice") &&
+            (row->sequence > sequence || (row->sequence == sequence && row->update_count > 0)))
+          continue;
         if (row->sequence < sequence && needs_displacing(*row)) displace(*row, displaced[range]);
         if (row->update_count != ~uint32_t{0}) ++row->update_count;
         row->sequence = sequence;
@@ -591,7 +595,7 @@ void Tiers::put_rows(StoreWriter& writer, const std::string& bytes, std::span<co
       writer.erase(row.key);
       continue;
     }
-    presence_.add(row.key);
+    if (!planted("filter forgets a key") || row.key.mixed() % 16 != 0) presence_.add(row.key);
     writer.put(row.key, std::as_bytes(std::span(bytes)).subspan(row.begin, row.end - row.begin));
   }
 }
@@ -614,7 +618,8 @@ void Tiers::cut([[maybe_unused]] std::unique_lock<std::mutex> write, std::unique
         if (row == nullptr || !row->has(HotRow::kSaved)) continue;
         const std::lock_guard shard_lock(hot_.shard(hot_.shard_of(row->mixed)).mutex);
         row->flags &= static_cast<uint8_t>(~HotRow::kSaved);
-        if (written && row->sequence <= sequence) row->flags &= static_cast<uint8_t>(~HotRow::kDirty);
+        if (written && (row->sequence <= sequence || planted("dirty rows forgotten")))
+          row->flags &= static_cast<uint8_t>(~HotRow::kDirty);
       }
     }
     const std::lock_guard lock(structure_);
@@ -831,7 +836,7 @@ void Tiers::write_back(std::vector<Leaving>& victims, bool take_slab) {
         newest = std::max(newest, row->sequence);
       }
     }
-    write_ahead_(newest);
+    if (!planted("evicted before the log is synced")) write_ahead_(newest);
     put_rows(*writer, bytes, encoded);
     counters_.written_back += encoded.size();
   }
