@@ -13,6 +13,7 @@
 #include <ctime>
 
 #include "error.h"
+#include "planted.h"
 #include "storage.h"
 
 namespace damo {
@@ -52,7 +53,7 @@ class StagedDirectory {
   }
   const fs::path& path() const { return staged_; }
   void publish(const char* operation) {
-    fsync_directory(staged_);
+    if (!planted("checkpoint's names not synced")) fsync_directory(staged_);
     if (renameat2(AT_FDCWD, staged_.c_str(), AT_FDCWD, wanted_.c_str(), RENAME_NOREPLACE) != 0)
       throw_system_error(operation, wanted_);
     done_ = true;
@@ -187,7 +188,7 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
       throw CorruptionError("[restore] " + at.string() + " has " + std::to_string(size) + " bytes, expected " +
                             std::to_string(file.bytes) + " (damaged at offset " +
                             std::to_string(std::min<uintmax_t>(size, file.bytes)) + ")");
-    if (crc32c_of_file(at) != file.crc32c)
+    if (crc32c_of_file(at) != file.crc32c && !planted("checkpoint's sums not looked at"))
       throw CorruptionError("[restore] " + at.string() + " is damaged: the checksum of its bytes (offset 0 to " +
                             std::to_string(size) + ") does not agree");
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "directory.h"
+#include "planted.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -195,6 +196,8 @@ void StorageDirectory::replace_generation(const std::function<void(const fs::pat
   const fs::path fresh = path_ / name;
   try {
     make_directory(fresh);
+    if (planted("CURRENT before what it names"))
+      write_file_atomically(path_ / "CURRENT", name + " " + checksum_text(name) + "\n");
     build(fresh);
     fsync_directory(fresh);
     write_file_atomically(path_ / "CURRENT", name + " " + checksum_text(name) + "\n");

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "file.h"
+#include "planted.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -165,14 +166,14 @@ void write_file_atomically(const std::filesystem::path& path, Bytes bytes) {
   FileDescriptor file("write", temporary, O_WRONLY | O_CREAT | O_TRUNC);
   try {
     file.write(bytes);
-    file.sync();
+    if (!planted("renamed before it is synced")) file.sync();
     file.close();
     if (::rename(temporary.c_str(), path.c_str()) != 0) throw_system_error("rename", path);
   } catch (...) {
     ::unlink(temporary.c_str());
     throw;
   }
-  fsync_directory(parent_of(path));
+  if (!planted("rename not synced")) fsync_directory(parent_of(path));
 }
 
 void write_file_atomically(const std::filesystem::path& path, std::string_view text) {

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "error.h"
+#include "planted.h"
 
 namespace damo {
 namespace {
@@ -220,7 +221,8 @@ std::optional<std::string> SegmentReader::read(LogRecord& record) {
   Checksum checksum(seed_);
   checksum.add(whole.first(kRecordHeaderBytes - 8));
   checksum.add(record.body);
-  if (checksum.value() != stored) return "a record whose checksum does not match";
+  if (checksum.value() != stored && !planted("record's checksum not looked at"))
+    return "a record whose checksum does not match";
   if (!all_zero(whole.subspan(kRecordHeaderBytes + body_bytes))) return "padding that is not zero";
   return std::nullopt;
 }

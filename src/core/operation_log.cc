@@ -19,6 +19,7 @@
 #include "error.h"
 #include "file.h"
 #include "log_segment.h"
+#include "planted.h"
 
 namespace damo {
 namespace {
@@ -144,14 +145,14 @@ struct OperationLog::Impl {
     segment->file = FileDescriptor("create a log segment", temporary, O_RDWR | O_CREAT | O_TRUNC);
     try {
       segment->file.write_at(std::as_bytes(std::span(head)), 0);
-      segment->file.sync();
+      if (!planted("segment renamed before it is synced")) segment->file.sync();
       segment->file.rename_to(path);
     } catch (...) {
       ::unlink(temporary.c_str());
       throw;
     }
     try {
-      directory.sync();
+      if (!planted("segment's name not synced")) directory.sync();
     } catch (const StorageError& error) {
       // The new segment may or may not be there after power loss; records in either could be lost.
       fail("create a log segment", error.what());
@@ -175,7 +176,8 @@ struct OperationLog::Impl {
     lock.unlock();
     std::string error;
     try {
-      segment->file.sync_data();
+      if (planted("mark before the log's sync")) write_mark(*segment, mark);
+      if (!planted("log never synced")) segment->file.sync_data();
       write_mark(*segment, mark);
     } catch (const std::exception& refused) {
       error = refused.what();
@@ -186,7 +188,7 @@ struct OperationLog::Impl {
     // now on, so a second attempt that succeeds proves nothing.
     if (error.empty())
       synced = mark.sequence;
-    else
+    else if (!planted("failed sync forgotten"))
       latch("sync the log", error);
     synced_more.notify_all();
     throw_if_failed();
@@ -285,6 +287,7 @@ void OperationLog::Impl::read_records(SegmentReader& reader, const std::filesyst
 // Cuts what is behind the last record, and makes what was read durable: it may have come from the page cache only.
 void OperationLog::Impl::settle_end(Segment& segment, const SyncMark& mark, uint64_t file_bytes) {
   if (file_bytes == segment.end && mark.offset == segment.end) return;
+  if (planted("end of the log not settled")) return;
   if (file_bytes != segment.end) segment.file.truncate(segment.end);
   // After a failed sync the kernel may hold pages that never reached the disk and call them clean; a sync would not
   // write them. Writing them again makes them dirty.
@@ -357,6 +360,7 @@ uint64_t OperationLog::append(RecordType type, std::span<const Bytes> parts) {
 
   if (!write_pieces(segment.file.get(), impl.pieces, start)) {
     const int error = errno;
+    if (planted("failed append not taken back")) throw_system_error("append to the log", segment.file.path(), error);
     try {
       segment.file.truncate(start);
     } catch (const StorageError& refused) {
@@ -398,7 +402,7 @@ bool OperationLog::newest_segment_is_empty() const noexcept {
 
 void OperationLog::rotate(std::string_view state) {
   Impl& impl = *impl_;
-  impl.sync_to(UINT64_MAX);
+  if (!planted("segment left unsynced")) impl.sync_to(UINT64_MAX);
   // Nobody syncs the old segment from here on: everything in it is synced.
   const std::shared_ptr<Segment> old = impl.current;
   std::list<Finished> entry{{old->file.path(), old->end, impl.last}};

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "error.h"
+#include "planted.h"
 
 namespace damo {
 namespace {
@@ -85,7 +86,8 @@ uint64_t Storage::append(RecordType type, std::span<const Bytes> parts) {
 }
 
 void Storage::after_operation(uint64_t sequence) {
-  if (options_.durability == Durability::kDurable && sequence != 0) log_->sync_to(sequence);
+  if (options_.durability == Durability::kDurable && sequence != 0 && !planted("durable does not wait"))
+    log_->sync_to(sequence);
 }
 
 StorageCounters Storage::counters() const {
@@ -427,7 +429,7 @@ void Storage::commit(int64_t step, std::string extra) {
       throw;
     }
   }
-  log_->sync_to(sequence);
+  if (!planted("commit does not sync")) log_->sync_to(sequence);
 }
 
 std::optional<CommitRecord> Storage::last_commit() const {
@@ -477,9 +479,14 @@ void Storage::build_presence() {
 
 uint64_t Storage::cut_log() {
   StorageCounters start;
-  cut([&](const CutInfo& info) { start = info.counters; });
+  if (planted("log cut without a cut")) {
+    const std::lock_guard order(order_);
+    start = counters();
+  } else {
+    cut([&](const CutInfo& info) { start = info.counters; });
+  }
   if (tiers_->presence().complete()) tiers_->presence().save(presence_file(), start.sequence);
-  log_->drop_through(start.sequence);
+  log_->drop_through(planted("log cut too far") ? UINT64_MAX : start.sequence);
   let_expire(start);
   return start.sequence;
 }

@@ -4,6 +4,8 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <utility>
+
 namespace damo {
 
 std::thread start_quiet_thread(std::function<void()> body) {
@@ -34,7 +36,13 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::work(const std::function<void(size_t)>& task) {
-  for (size_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) task(i);
+  try {
+    for (size_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) task(i);
+  } catch (...) {
+    next_.store(count_);  // the rest is not begun
+    const std::lock_guard lock(mutex_);
+    if (!error_) error_ = std::current_exception();
+  }
 }
 
 void ThreadPool::run(size_t count, const std::function<void(size_t)>& task) {
@@ -55,6 +63,8 @@ void ThreadPool::run(size_t count, const std::function<void(size_t)>& task) {
   std::unique_lock lock(mutex_);
   task_ = nullptr;  // a helper that wakes only now finds nothing to do
   done_.wait(lock, [this] { return active_ == 0; });
+  // Not before the others are done: they use what the caller would take away.
+  if (const std::exception_ptr error = std::exchange(error_, nullptr)) std::rethrow_exception(error);
 }
 
 void ThreadPool::help() {

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -25,7 +26,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   size_t size() const noexcept { return helpers_.size() + 1; }
-  // Calls task(0) .. task(count - 1), each once, and returns when all are done. Tasks must not throw.
+  // Calls task(0) .. task(count - 1), each once, and returns when all are done. If one throws, those not yet begun are
+  // left out, and the first exception comes out of here.
   void run(size_t count, const std::function<void(size_t)>& task);
 
  private:
@@ -40,6 +42,7 @@ class ThreadPool {
   uint64_t loop_ = 0;  // numbers the loops, so that a helper joins each at most once
   size_t active_ = 0;
   bool stop_ = false;
+  std::exception_ptr error_;
   std::atomic<size_t> next_{0};
   std::vector<std::thread> helpers_;
 };

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "error.h"
+#include "planted.h"
 
 namespace damo {
 namespace {
@@ -57,7 +58,7 @@ void Tiers::fail(std::exception_ptr error) noexcept {
 }
 
 void Tiers::throw_if_failed() const {
-  if (!failed_.load()) return;
+  if (!failed_.load() || planted("failed write forgotten")) return;
   const std::lock_guard lock(error_mutex_);
   std::rethrow_exception(error_);
 }
@@ -185,13 +186,14 @@ void Tiers::read_through(const TableShape& shape, const Expiry& expiry, const Ba
 void Tiers::fill_from(const TableShape& shape, const StoredKey& key, const DecodedRow& decoded, HotRow& row) {
   row.mixed = key.mixed();
   row.table_id = key.table_id();
-  row.sequence = decoded.header.sequence;
+  row.sequence = planted("sequence number lost on disk") ? 0 : decoded.header.sequence;
   row.time = decoded.header.time;
   row.update_count = decoded.header.update_count;
   row.step = decoded.header.step;
   if (decoded.header.has_floats) {
     row.flags |= HotRow::kFloats;
-    std::memcpy(row.floats(), decoded.floats.data(), decoded.floats.size());
+    std::memcpy(row.floats(), decoded.floats.data(),
+                planted("state not read back") ? shape.spec.dimension * sizeof(float) : decoded.floats.size());
   } else {
     shape.first_floats(row.mixed, row.floats());
   }
@@ -488,7 +490,7 @@ void Tiers::create_rows(const TableShape& shape, const Batch& batch, const Prepa
     row->update_count = 0;
     row->step = static_cast<uint32_t>(group_step);
     row->flags = static_cast<uint8_t>((row->flags & HotRow::kSaved) | HotRow::kDirty);
-    shape.first_floats(row->mixed, row->floats());
+    if (pending || !planted("erased row comes back")) shape.first_floats(row->mixed, row->floats());
     if (pending) hot_.insert(shard, slot);
   }
   counters_.created += prepared.fresh.size();
@@ -517,7 +519,9 @@ void Tiers::apply(const TableShape& shape, const Batch& batch, std::span<const u
         const uint32_t r = in_shard[i];
         HotRow* row = hot_.row(prepared.slots[r]);
         // A row created by this very operation has its sequence number already, and no update yet.
-        if (row->sequence > sequence || (row->sequence == sequence && row->update_count > 0)) continue;
+        if (!planted("redo twice") &&
+            (row->sequence > sequence || (row->sequence == sequence && row->update_count > 0)))
+          continue;
         if (row->sequence < sequence && needs_displacing(*row)) displace(*row, displaced[range]);
         if (row->update_count != ~uint32_t{0}) ++row->update_count;
         row->sequence = sequence;
@@ -634,7 +638,7 @@ void Tiers::put_rows(StoreWriter& writer, const std::string& bytes, std::span<co
       writer.erase(row.key);
       continue;
     }
-    presence_.add(row.key);
+    if (!planted("filter forgets a key") || row.key.mixed() % 16 != 0) presence_.add(row.key);
     bytes_written_ += StoredKey::kBytes + row.end - row.begin;
     writer.put(row.key, std::as_bytes(std::span(bytes)).subspan(row.begin, row.end - row.begin));
   }
@@ -658,7 +662,8 @@ void Tiers::cut([[maybe_unused]] std::unique_lock<std::mutex> write, std::unique
         if (row == nullptr || !row->has(HotRow::kSaved)) continue;
         const std::lock_guard shard_lock(hot_.shard(hot_.shard_of(row->mixed)).mutex);
         row->flags &= static_cast<uint8_t>(~HotRow::kSaved);
-        if (written && row->sequence <= sequence) row->flags &= static_cast<uint8_t>(~HotRow::kDirty);
+        if (written && (row->sequence <= sequence || planted("dirty rows forgotten")))
+          row->flags &= static_cast<uint8_t>(~HotRow::kDirty);
       }
     }
     const std::lock_guard lock(structure_);
@@ -695,6 +700,7 @@ void Tiers::cut([[maybe_unused]] std::unique_lock<std::mutex> write, std::unique
       encoded.clear();
       {
         const std::lock_guard lock(structure_);
+        throw_if_failed();  // a row may be half changed
         for (size_t i = begin; i < std::min(list.size(), begin + kCopyChunk); ++i) {
           const size_t at = bytes.size();
           HotRow* row = row_of(list[i]);
@@ -862,6 +868,7 @@ void Tiers::write_back(std::vector<Leaving>& victims, bool take_slab) {
     uint64_t newest = 0;
     {
       const std::lock_guard lock(structure_);
+      throw_if_failed();  // a row may be half changed
       for (size_t i = begin; i < std::min(victims.size(), begin + kCopyChunk); ++i) {
         const HotRow* row = row_of(victims[i]);
         if (row == nullptr || !row->has(HotRow::kDirty)) continue;  // gone or clean by now
@@ -873,7 +880,7 @@ void Tiers::write_back(std::vector<Leaving>& victims, bool take_slab) {
         newest = std::max(newest, row->sequence);
       }
     }
-    write_ahead_(newest);
+    if (!planted("evicted before the log is synced")) write_ahead_(newest);
     put_rows(*writer, bytes, encoded);
     counters_.written_back += encoded.size();
   }

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from damo_embedding.errors import CorruptionError
+from damo_embedding.storage import parse_path
 
 Rows = tuple[NDArray[np.uint64], NDArray[np.float32]]
 Words = NDArray[np.int32]
@@ -37,9 +38,11 @@ def read_dump(path: str | os.PathLike[str]) -> dict[int, Rows]:
         CorruptionError: the file is cut off or too long, or its tables and records disagree; says at which
             offset.
         OSError: the file cannot be opened or read.
+        TypeError, ValueError: `path` is not one.
     """
-    with open(path, "rb", buffering=0) as file:
-        return _Reader(file, os.fspath(path)).read()
+    name = parse_path("read_dump", "path", path)  # open() would take a number for an open file, and close that
+    with open(name, "rb", buffering=0) as file:
+        return _Reader(file, name).read()
 
 
 class _Reader:

@@ -72,6 +72,12 @@ TEST_CASE("rocksdb store: committed rows are there after close and reopen") {
   CHECK(scan(*open_rocksdb_store(options_for(directory / "store"))->snapshot()) == model);
 }
 
+TEST_CASE("rocksdb store: RocksDB writes no log of its own") {
+  TemporaryDirectory directory;
+  commit(*open_rocksdb_store(options_for(directory / "store")), numbered(0, 100));
+  CHECK_FALSE(fs::exists(directory / "store" / "LOG"));  // it would abort the process on a full disk
+}
+
 TEST_CASE("rocksdb store: a damaged table gives CorruptionError, never an absent or another row") {
   TemporaryDirectory directory;
   const auto path = directory / "store";

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <new>
 #include <set>
 #include <vector>
 
@@ -46,6 +47,25 @@ TEST_CASE("thread pool: tasks of one loop run side by side") {
     if (!all_here.wait_for(lock, std::chrono::seconds(20), [&] { return here == 3; })) met = false;
   });
   CHECK(met);
+}
+
+TEST_CASE("thread pool: the exception of a task comes out of run, and the pool goes on") {
+  for (const size_t threads : {1, 2, 3}) {
+    ThreadPool pool(threads);
+    for (const size_t bad : {0, 1, 500, 999}) {
+      std::atomic<int> done{0};
+      CHECK_THROWS_AS(pool.run(1000,
+                               [&](size_t i) {
+                                 if (i == bad) throw std::bad_alloc();
+                                 ++done;
+                               }),
+                      std::bad_alloc);
+      CHECK(done < 1000);
+      done = 0;
+      pool.run(1000, [&](size_t) { ++done; });
+      CHECK(done == 1000);
+    }
+  }
 }
 
 TEST_CASE("thread pool: a caller that finds the helpers busy does its loop alone") {

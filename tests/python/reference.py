@@ -521,7 +521,7 @@ class ReferenceRow:
     weights: Floats
     state: dict[str, Floats] = field(default_factory=dict)
     update_count: int = 0
-    step: int = 0  # the group's step of the last update; 0 until the first
+    step: int = 0  # the group's step of the last update; of creation until the first
     time: int = 0  # of the last update; of creation until the first
 
 
@@ -567,7 +567,7 @@ class ReferenceTable:
             return
         for key, weights in zip(new, self.initial(np.array(new, np.uint64)), strict=True):
             state = {name: block[0] for name, block in self.optimizer.initial_state(1, self.dimension).items()}
-            self.rows[key] = ReferenceRow(weights.copy(), state, time=self.now)
+            self.rows[key] = ReferenceRow(weights.copy(), state, step=self.step, time=self.now)
 
     def lookup(self, keys: npt.ArrayLike, *, insert: bool = True, missing: str = "initial") -> Floats:
         wanted = as_uint64(keys)

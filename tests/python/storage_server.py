@@ -8,14 +8,15 @@ training job, and the next session opens within milliseconds.
 
 from __future__ import annotations
 
+import importlib
 import os
 import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -67,6 +68,10 @@ class Served:
             self.storage = de.Storage.restore(checkpoint, path, **options)
         self.storage.now = now
         self.embeddings = {group.group: group.open(self.storage) for group in groups}
+
+    def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """A function of another module, which gets this object first."""
+        return function(self, *args, **named)
 
     def storage_call(self, verb: str, *args: Any, **named: Any) -> Any:
         return getattr(self.storage, verb)(*args, **named)
@@ -138,6 +143,7 @@ class Session:
         self.connection = Client(address, "AF_UNIX")
         self.pid: int = self.connection.recv()
         self._died = os.pidfd_open(self.pid)
+        self._over = False
 
     def start(self, verb: str, *args: Any, **named: Any) -> None:
         """Does not wait for the answer."""
@@ -154,7 +160,10 @@ class Session:
 
     def kill(self) -> list[Any]:
         """kill -9, now; returns what it had still said. On return the process does not exist any more."""
-        signal.pidfd_send_signal(self._died, signal.SIGKILL)
+        if self._over:
+            return []
+        with suppress(ProcessLookupError):  # it is dead already
+            signal.pidfd_send_signal(self._died, signal.SIGKILL)
         self._wait()
         said = []
         try:
@@ -172,6 +181,7 @@ class Session:
     def _wait(self) -> None:
         select.select([self._died], [], [])
         os.close(self._died)
+        self._over = True
 
 
 @dataclass(frozen=True)
@@ -183,12 +193,16 @@ class ForkServer:
 
 
 @contextmanager
-def fork_server() -> Iterator[ForkServer]:
+def fork_server(environment: Mapping[str, str] | None = None, preload: str = "") -> Iterator[ForkServer]:
+    """`environment`: of the server and its children, instead of this process's. `preload`: a module they have."""
     # Not in a tmp_path: the name of a socket may have 107 bytes.
     with tempfile.TemporaryDirectory(prefix="damo-") as directory:
         address = os.path.join(directory, "sessions")
         with subprocess.Popen(
-            [sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, __file__, address, preload],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
         ) as process:
             assert process.stdout is not None
             assert process.stdin is not None
@@ -202,4 +216,6 @@ def fork_server() -> Iterator[ForkServer]:
 if __name__ == "__main__":
     import storage_server  # by its name, as it is in what comes over the pipe; children find it imported
 
+    if sys.argv[2]:
+        importlib.import_module(sys.argv[2])
     storage_server.run_fork_server(sys.argv[1])

@@ -67,6 +67,14 @@ def floats(printed: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(np.array(printed, np.float32).tolist())
 
 
+def test_a_number_is_no_path_and_its_file_stays_open(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (tmp_path / "file").open("rb") as file:
+        with pytest.raises(TypeError, match="path is int"):
+            read_dump(file.fileno())  # type: ignore[arg-type]
+        file.read()
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(data=st.data())
 def test_records_in_any_order_of_groups_are_read(

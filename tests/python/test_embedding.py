@@ -336,6 +336,15 @@ def test_an_erased_key_comes_back_as_new(path: Path, before: Between, after: Bet
         embedding.storage.close()
 
 
+def test_a_lookup_of_new_and_erased_keys_is_one_operation(storage: de.Storage, embedding: de.Embedding) -> None:
+    embedding.lookup([1, 2])
+    embedding.erase([1])  # in memory, as a row that is no more
+    before = storage.stats()["sequence"]
+    embedding.lookup([3, 1, 2, 4])
+    assert storage.stats()["sequence"] == before + 1  # a kill finds all of its rows made, or none
+    assert len(embedding) == 4
+
+
 def test_an_erased_key_that_is_updated_starts_from_its_first_weights(embedding: de.Embedding) -> None:
     for _ in range(3):
         embedding.apply_gradients([1], ones(1))

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Nth call to the operating system fails, once or for good: write, sync, rename, open, read, ..., memory."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from reliability import faults, trainee
+from reliability.oracle import Operation, Oracle
+from reliability.suite import (
+    DiedError,
+    Kept,
+    ServedSuite,
+    Told,
+    ask,
+    check_kept,
+    expect,
+    kept,
+    listen,
+    make_base,
+    scratch,
+)
+from reliability.workload import SMALL, START, TIGHT, Shape, Workload, draw_options
+from storage_server import Session
+
+# kind of call, what becomes of it, what the system says
+KINDS = [
+    (call, action, error)
+    for call, error in (
+        ("write", errno.EIO),
+        ("write", errno.ENOSPC),
+        ("sync", errno.EIO),
+        ("rename", errno.EIO),
+        ("open", errno.EMFILE),
+        ("read", errno.EIO),
+        ("link", errno.EIO),
+        ("unlink", errno.EIO),
+        ("mkdir", errno.ENOSPC),
+        ("truncate", errno.ENOSPC),
+    )
+    for action in (faults.FAIL, faults.FAIL_FOR_GOOD)
+]
+KINDS += [("write", faults.SHORT, 0), ("allocate", faults.FAIL, errno.ENOMEM)]  # nothing works without any memory
+SCENARIOS = 8
+# What a call may raise when the system refuses: typed, never RuntimeError or a bare Exception.
+TYPED = ("StorageError", "MemoryError", "AlreadyOpenError")
+
+
+@dataclass
+class Scenario:
+    """A storage that a kill left, what is done to it, and how many calls of each kind that takes."""
+
+    shape: Shape
+    base: Path
+    oracle: Oracle
+    operations: list[Operation]
+    options: dict[str, Any]
+    counts: dict[str, int]
+
+
+class CallFails(ServedSuite):
+    name = "call-fails"
+    title = "the Nth call fails: write, sync, rename, open, read, link, unlink, mkdir, truncate, memory"
+    promise = "the call raises, typed, with nothing half applied; reads go on; what returned is there after reopening"
+    unit = "failed calls"
+    small = 300
+    full = 10_000
+
+    def environment(self) -> dict[str, str]:
+        return faults.environment()
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._scratch = scratch()
+        self._directory = self._scratch.__enter__()
+        self._scenarios: dict[int, Scenario] = {}
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._scratch.__exit__(*exception)
+        super().__exit__(*exception)
+
+    def case(self, seed: int) -> None:
+        """Seeds that follow each other go through all kinds, then all scenarios, then all N."""
+        kind, scenario_number = seed % len(KINDS), seed // len(KINDS) % SCENARIOS
+        place = seed // (len(KINDS) * SCENARIOS)
+        call, action, error = KINDS[kind]
+        scenario = self._scenario(scenario_number)
+        count = scenario.counts.get(call, 0)
+        if place >= count:
+            return  # every N was done
+        nth = 1 + (place + 7 * kind) * 7919 % count
+        with scratch() as directory:
+            try:
+                self._fail(seed, scenario, directory / "base", (call, action, error), nth)
+            except AssertionError as wrong:
+                wrong.add_note(
+                    f"call {nth} of {count} of the kind {call} failed"
+                    f"{' for good' if action == faults.FAIL_FOR_GOOD else ''} ({errno.errorcode.get(error, 'short')})"
+                )
+                raise
+
+    def _scenario(self, number: int) -> Scenario:
+        if number not in self._scenarios:
+            self._scenarios[number] = self._prepare(number)
+        return self._scenarios[number]
+
+    def _prepare(self, number: int) -> Scenario:
+        random = np.random.default_rng([number, 21])
+        shape = TIGHT if number % SCENARIOS == SCENARIOS - 1 else SMALL
+        workload = Workload([number, 22], shape)
+        oracle = Oracle(shape.groups, START)
+        base = make_base(self._directory / f"scenario-{number}")
+        options = draw_options(random, shape)
+        session = self.server.session()
+        try:
+            ask(session, trainee.open_storage, base, shape.name, options)
+            operations = workload.fill() + workload.draw(30)
+            session.start("call", trainee.train, operations, oracle.now)
+            told = listen(session)
+            assert told.ended, f"{told}"
+            assert not told.raised, f"{told}"
+            expect(oracle, operations, told)
+        finally:
+            session.kill()
+        oracle = oracle.from_here(oracle.sequence)
+        scenario = Scenario(shape, base, oracle, workload.draw(25), options, {})
+        for call in {call for call, _, _ in KINDS}:
+            # A call that never comes is counted all the same.
+            with scratch() as directory:
+                shutil.copytree(base, directory / "base")
+                session = self.server.session()
+                try:
+                    ask(session, trainee.watch, directory / "base")
+                    ask(session, trainee.arm, faults.FAIL, call, "", 10**9, 0)
+                    ask(session, trainee.open_storage, directory / "base", shape.name, options)
+                    session.start("call", trainee.train, scenario.operations, oracle.now)
+                    told = listen(session)
+                    assert told.ended, f"{told}"
+                    assert not told.raised, f"{told}"
+                    scenario.counts[call] = ask(session, trainee.disarm)[1]
+                finally:
+                    session.kill()
+        return scenario
+
+    def _fail(self, seed: int, scenario: Scenario, base: Path, what: tuple[str, int, int], nth: int) -> None:
+        random = np.random.default_rng([seed, 23])
+        call, action, error = what
+        shape, options = scenario.shape, scenario.options
+        shutil.copytree(scenario.base, base)
+        oracle = scenario.oracle.from_here(scenario.oracle.sequence)  # the scenario's own stays where it is
+        made: list[Kept] = []
+        raised: list[Any] = []
+        session = self.server.session()
+        try:
+            ask(session, trainee.watch, base)
+            ask(session, trainee.arm, action, call, "", nth, error)
+            try:
+                refused = ask(session, trainee.try_to_open, base, shape.name, options)
+                alive = refused is None
+                if refused is not None:
+                    assert refused[0] in TYPED, f"opening raised {refused}"
+                else:
+                    session.start("call", trainee.train, scenario.operations, oracle.now, after_errors=True)
+                    told = listen(session)
+                    raised = [(scenario.operations[place].verb, *error) for place, error in told.raised.items()]
+                    alive = follow(told, scenario.operations, oracle, base, made, may_die=call == "allocate")
+                    if told.died:
+                        raise DiedError("train")
+                hit = ask(session, trainee.disarm)[0]
+                if alive:
+                    read_on(session, oracle)
+                    if random.random() < 0.5:
+                        refused = ask(session, trainee.try_to_close)
+                        assert refused is None or refused[0] in TYPED, f"closing raised {refused}"
+            except DiedError as died:
+                # The C++ library and RocksDB end the process where they cannot say that memory ran out: as a kill.
+                if call != "allocate":
+                    raise AssertionError(f"the process died in {died}") from died
+                hit = "allocate, which ended the process"
+            session.kill()
+            self._reopen(random, base, scenario, oracle, made)
+        except AssertionError as wrong:
+            wrong.add_note(f"raised: {raised[:3]}")
+            raise
+        finally:
+            session.kill()
+        self.done[f"failed: {hit}" if hit else "not reached"] += 1
+        self.done["failed calls"] += bool(hit)
+
+    def _reopen(
+        self, random: np.random.Generator, base: Path, scenario: Scenario, oracle: Oracle, made: list[Kept]
+    ) -> None:
+        session = self.server.session()
+        try:
+            found = ask(session, trainee.recover, base, scenario.shape.name, draw_options(random, scenario.shape))
+            low = oracle.sequence - int(oracle.last_may_be_missing)
+            oracle.compare(found, max(low, scenario.oracle.sequence), oracle.sequence, failed=True)
+        finally:
+            session.kill()
+        if made:
+            what = made[int(random.integers(len(made)))]
+            check_kept(self.server, what, scenario.shape, scenario.options, oracle)
+
+
+def follow(
+    told: Told,
+    operations: list[Operation],
+    oracle: Oracle,
+    base: Path,
+    made: list[Kept],
+    may_die: bool = False,
+) -> bool:
+    """Does in the oracle what happened. Whether the storage can be read on."""
+    if not may_die:
+        assert told.ended, f"the process died in operation {told.issued}, {operations[told.issued].verb}"
+    for place, operation in enumerate(operations[: told.issued + 1]):
+        if place in told.raised:
+            name, text, sequence = told.raised[place]
+            assert name in TYPED, f"{operation.verb} raised {name}: {text}"
+            if sequence < 0:
+                assert operation.verb == "reopen", f"{operation.verb} left a storage that does not answer: {text}"
+                return False
+            if sequence == oracle.sequence:
+                made += kept(base, expect(oracle.from_here(sequence), [operation]), -1)
+                continue
+            # It is in the log, and something after that failed.
+            made += kept(base, expect(oracle, [operation]), -1)
+            assert sequence == oracle.sequence, f"{operation.verb} raised {text}, after {sequence} operations"
+            if name == "MemoryError":
+                # Not all of its rows changed in memory. Nothing may be built upon that; redo does it.
+                later = [operations[after].verb for after in told.answers if after > place]
+                assert not {"commit", "checkpoint", "reopen"}.intersection(later), f"went on with {later}"
+                return False
+        elif place in told.answers:
+            answer = Told(answers={0: told.answers[place]})
+            made += kept(base, expect(oracle, [operation], answer), 0)
+        else:  # in which it died; it may have happened
+            made += kept(base, expect(oracle, [operation]), -1)
+            oracle.last_may_be_missing = operation.verb in ("apply_gradients", "lookup", "erase", "commit")
+    return True
+
+
+def read_on(session: Session, oracle: Oracle) -> None:
+    """Rows can be read, whatever failed."""
+    for group, table in oracle.tables.items():
+        keys = np.array(list(table.rows), np.uint64)
+        if len(keys) == 0:
+            continue
+        found = ask(session, trainee.weights_of, group, keys)
+        assert found.tobytes() == table.lookup(keys, insert=False).tobytes(), f"group {group} reads otherwise"

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damage: single bits, cut-off ends and blocks of zeros, in every kind of file."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from comparing import files_of
+from reliability import trainee
+from reliability.oracle import Found, Oracle
+from reliability.suite import DiedError, ServedSuite, ask, expect, listen, make_base, scratch
+from reliability.workload import SMALL, START, Workload
+from storage_server import Session
+
+OPTIONS: dict[str, Any] = {"memory": "16MiB", "threads": 1, "log_bytes": "1MiB"}
+DAMAGES = ("a bit", "a bit", "a bit", "the end cut off", "zeros", "another byte")
+
+
+@dataclass
+class Specimen:
+    """A storage at rest. It comes back with exactly `high` when nothing is damaged."""
+
+    base: Path
+    oracle: Oracle
+    low: int  # how far its log is synced
+    high: int
+    checkpoint: Path
+
+
+def damage(random: np.random.Generator, file: Path) -> str:
+    """Changes a file; says how, or "" when it is as it was."""
+    before = file.read_bytes()
+    content = bytearray(before)
+    kind = DAMAGES[int(random.integers(len(DAMAGES)))]
+    at = int(random.integers(len(content))) if content else 0
+    if kind == "the end cut off":
+        del content[at:]
+    elif content:
+        if kind == "a bit":
+            content[at] ^= 1 << int(random.integers(8))
+        elif kind == "zeros":
+            end = min(len(content), at + int(random.choice([8, 64, 512])))
+            content[at:end] = bytes(end - at)
+        else:
+            content[at] = int(random.integers(256))
+    if bytes(content) == before:
+        return ""
+    # A new file, for the old one may have other names.
+    file.unlink()
+    file.write_bytes(content)
+    return f"{kind} at {at} of {len(before)}"
+
+
+class Damaged(ServedSuite):
+    """One session opens copy after copy; a damaged one must not bring it down."""
+
+    SPECIMENS: ClassVar[int] = 4
+    closed: ClassVar[bool]  # whether the specimens were closed, or killed
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._scratch = scratch()
+        self._directory = self._scratch.__enter__()
+        self._specimens: dict[int, Specimen] = {}
+        self._session: Session | None = None
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._session is not None:
+            self._session.kill()
+        self._scratch.__exit__(*exception)
+        super().__exit__(*exception)
+
+    @property
+    def session(self) -> Session:
+        if self._session is None:
+            self._session = self.server.session()
+        return self._session
+
+    def specimen(self, number: int) -> Specimen:
+        if number not in self._specimens:
+            self._specimens[number] = self._make(number)
+        return self._specimens[number]
+
+    def _make(self, number: int) -> Specimen:
+        base = make_base(self._directory / f"specimen-{number}")
+        workload = Workload([number, 31], SMALL)
+        oracle = Oracle(SMALL.groups, START)
+        checkpoint = base / "checkpoints" / "all"
+        session = self.server.session()
+        try:
+            ask(session, trainee.open_storage, base, SMALL.name, OPTIONS)
+            # Ends with what was never synced.
+            operations = workload.draw(30, without=("checkpoint", "dump"))
+            operations += workload.draw(8, without=("commit", "reopen", "scan", "dump", "checkpoint"))
+            session.start("call", trainee.train, operations[:-8], oracle.now)
+            told = listen(session)
+            assert told.ended, f"{told}"
+            assert not told.raised, f"{told}"
+            expect(oracle, operations[:-8], told)
+            session("call", trainee.checkpoint_to, checkpoint)
+            session.start("call", trainee.train, operations[-8:], oracle.now)
+            expect(oracle, operations[-8:], listen(session))
+            low = session("call", trainee.synced_sequence)
+            if self.closed:
+                ask(session, trainee.close)
+                low = oracle.sequence
+        finally:
+            session.kill()
+        assert low <= oracle.sequence
+        return Specimen(base, oracle, low, oracle.sequence, checkpoint)
+
+    def recover(self, base: Path, checkpoint: Path | None = None) -> Found | tuple[str, str]:
+        """What is there, or the error that says it is damaged."""
+        try:
+            answer = ask(self.session, trainee.try_to_recover, base, SMALL.name, OPTIONS, checkpoint)
+        except DiedError as died:
+            self._session = None
+            raise AssertionError("the process died") from died
+        assert isinstance(answer, Found | tuple)
+        return answer
+
+
+class Flips(Damaged):
+    name = "flips"
+    title = "single-bit flips, truncations and zeros in our own files"
+    promise = "CorruptionError with nothing changed, or exactly the rows; the unsynced end of the log may be cut"
+    unit = "damaged files"
+    small = 300
+    full = 200_000
+    closed = False
+
+    def case(self, seed: int) -> None:
+        random = np.random.default_rng([seed, 32])
+        specimen = self.specimen(int(random.integers(self.SPECIMENS)))
+        with scratch() as directory:
+            base = directory / "base"
+            if random.random() < 0.3:
+                self._damage_checkpoint(random, specimen, base)
+            else:
+                self._damage_storage(random, specimen, base)
+
+    def _damage_storage(self, random: np.random.Generator, specimen: Specimen, base: Path) -> None:
+        shutil.copytree(specimen.base, base, ignore=shutil.ignore_patterns("checkpoints"))
+        (base / "checkpoints").mkdir()
+        storage = base / "table.damo"
+        generation = next(storage.glob("generation-*"))
+        logs = sorted((generation / "log").iterdir())
+        places = [storage / "CURRENT", generation / "MANIFEST", generation / "rocksdb" / "COMMITTED", *logs, *logs]
+        places += [file for file in [generation / "presence"] if file.exists()]
+        file = places[int(random.integers(len(places)))]
+        how = damage(random, file)
+        if not how:
+            return
+        before = files_of(storage, ["rocksdb"])  # RocksDB turns its manifest over when it is opened
+        found = self.recover(base)
+        name = str(file.relative_to(storage))
+        try:
+            if isinstance(found, tuple):
+                assert found[0] == "CorruptionError", f"opening raised {found}"
+                assert file.name != "presence", f"a damaged filter is no error, but {found}"
+                assert files_of(storage, ["rocksdb"]) == before, f"{found}, but files have changed"
+            else:
+                low = specimen.low if file == logs[-1] else specimen.high
+                specimen.oracle.compare(found, low, specimen.high)
+        except AssertionError as wrong:
+            wrong.add_note(f"{how} in {name}")
+            raise
+        self._count(file.name if file.parent.name != "log" else "log", found)
+
+    def _damage_checkpoint(self, random: np.random.Generator, specimen: Specimen, base: Path) -> None:
+        make_base(base)
+        checkpoint = base / "damaged"
+        shutil.copytree(specimen.checkpoint, checkpoint)
+        listed = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
+        # CHECKPOINT and the small files as often as the large ones.
+        file = listed[int(random.integers(len(listed)))] if random.random() < 0.5 else checkpoint / "CHECKPOINT"
+        how = damage(random, file)
+        if not how:
+            return
+        found = self.recover(base, checkpoint)
+        name = str(file.relative_to(checkpoint))
+        assert isinstance(found, tuple), f"{how} in {name} of a checkpoint: it was restored all the same"
+        assert found[0] == "CorruptionError", f"{how} in {name} of a checkpoint: restoring raised {found}"
+        assert not (base / "table.damo").exists(), f"{how} in {name} of a checkpoint: something was restored"
+        self._count("checkpoint", found)
+
+    def _count(self, name: str, found: Found | tuple[str, str]) -> None:
+        self.done["damaged files"] += 1
+        self.done[f"{name}: {'noticed' if isinstance(found, tuple) else 'no harm'}"] += 1
+
+
+class ColdFlips(Damaged):
+    name = "cold-flips"
+    title = "random flips in the files of a storage's RocksDB"
+    promise = "each row is right, or its reading raises; never a missing, a default or another row"
+    unit = "damaged files"
+    small = 100
+    full = 5_000
+    closed = True
+
+    def case(self, seed: int) -> None:
+        random = np.random.default_rng([seed, 33])
+        specimen = self.specimen(int(random.integers(self.SPECIMENS)))
+        with scratch() as directory:
+            base = directory / "base"
+            shutil.copytree(specimen.base, base, ignore=shutil.ignore_patterns("checkpoints"))
+            cold = next((base / "table.damo").glob("generation-*")) / "rocksdb"
+            files = [file for file in sorted(cold.iterdir()) if file.is_file() and file.stat().st_size > 0]
+            tables = [file for file in files if file.suffix == ".sst"]
+            pick = tables if tables and random.random() < 0.7 else files
+            file = pick[int(random.integers(len(pick)))]
+            how = [change for change in (damage(random, file) for _ in range(int(random.integers(1, 4)))) if change]
+            if not how:
+                return
+            try:
+                answer = ask(self.session, trainee.try_to_read_all, base, SMALL.name, OPTIONS, self._keys(specimen))
+                self._check(specimen, answer)
+            except DiedError as died:
+                self._session = None
+                raise AssertionError(f"the process died: {how} in {file.name}") from died
+            except AssertionError as wrong:
+                wrong.add_note(f"{how} in {file.name}")
+                raise
+        kind = file.suffix or file.name.split("-")[0]
+        self.done["damaged files"] += 1
+        self.done[f"{kind}: {'noticed' if answer['errors'] else 'no harm'}"] += 1
+
+    @staticmethod
+    def _keys(specimen: Specimen) -> dict[int, Any]:
+        rows = specimen.oracle.rows_at(specimen.high)
+        return {group: found.keys for group, found in rows.items() if len(found.keys)}
+
+    def _check(self, specimen: Specimen, answer: dict[str, Any]) -> None:
+        typed = ("CorruptionError", "StorageError")
+        for name, text in answer["errors"]:
+            assert name in typed, f"{name}: {text}"
+        rows = specimen.oracle.rows_at(specimen.high)
+        for (group, begin), weights in answer["lookups"].items():
+            expected = rows[group].weights[begin : begin + len(weights)]
+            assert weights.tobytes() == expected.tobytes(), f"group {group}: a lookup returned other weights"
+        for group, found in answer["scans"].items():
+            specimen.oracle.compare_group(group, found, specimen.high)
+        for group, count in answer["rows"].items():
+            assert count == len(rows[group].keys), f"group {group} has {count} rows, expected {len(rows[group].keys)}"

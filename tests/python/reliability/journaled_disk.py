@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Power loss on a real journal: the writer is killed, its ext4 shut down without a log flush, and mounted again."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import Any, Self
+
+import numpy as np
+
+from reliability import trainee
+from reliability.mounts import Ext4
+from reliability.oracle import Oracle
+from reliability.suite import ServedSuite, ask, check_kept, expect, hear_the_rest, kept, listen, make_base, scratch
+from reliability.workload import START, Workload, draw_options, draw_shape
+
+ROUNDS = 3
+
+
+class JournaledDisk(ServedSuite):
+    name = "ext4-power-loss"
+    title = "power loss on ext4: file-system shutdown without log flush after the writer is killed"
+    promise = "what was committed, or returned in mode durable, is there, and a prefix of what followed, nothing torn"
+    unit = "power losses"
+    small = 30
+    full = 6_000  # half of them in each mode that promises
+
+    def __enter__(self) -> Self:
+        self._scratch = scratch()
+        directory = self._scratch.__enter__()
+        try:
+            self.disk = Ext4(directory / "image", directory / "disk")
+            self.disk.mount()
+            self.disk.unmount()
+            super().__enter__()
+        except BaseException:
+            self._scratch.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._scratch.__exit__(*exception)
+
+    def case(self, seed: int) -> None:
+        random = np.random.default_rng([seed, 41])
+        shape = draw_shape(random, tight=0.15)
+        durability = ("logged", "durable")[seed % 2]
+        workload = Workload([seed, 42], shape)
+        oracle = Oracle(shape.groups, START)
+        base = self.disk.directory / "base"
+        self.disk.mount()
+        try:
+            make_base(base)
+            self.disk.sync()
+            low, high, groups, made = 0, 0, set[int](), []
+            for number in range(ROUNDS + 1):
+                session = self.server.session()
+                options = {**draw_options(random, shape), "durability": durability}
+                try:
+                    found = ask(session, trainee.recover, base, shape.name, options)
+                    oracle.compare(found, low, high)
+                    assert groups <= found.groups, f"groups {groups - found.groups} are lost"
+                    if made and random.random() < 0.5:
+                        what = made[int(random.integers(len(made)))]
+                        if check_kept(self.server, what, shape, options, oracle):
+                            self.done["checkpoints and dumps compared"] += 1
+                    oracle = oracle.from_here(found.sequence)
+                    if number == ROUNDS:
+                        break
+                    operations = (workload.fill() if number == 0 else []) + workload.draw(int(random.integers(5, 50)))
+                    session.start("call", trainee.train, operations, oracle.now)
+                    if random.random() < 0.3:
+                        time.sleep(float(random.exponential(0.02)))
+                        self.disk.sync()  # as the kernel does now and then
+                    told = listen(session, int(random.integers(0, len(operations))))
+                    hear_the_rest(told, session)
+                finally:
+                    session.kill()
+                self.disk.lose_power()
+                self.disk.unmount()
+                self.disk.mount(int(random.choice([1, 5, 300])))
+                assert not told.raised, f"{told.raised}"
+                expected = expect(oracle, operations[: told.issued + 1], told)
+                low = expected.last_durable(operations, told.done, durability == "durable")
+                high = expected.sequence(told.issued)
+                groups |= {group for group, place in expected.opened.items() if place <= told.done}
+                made = kept(base, expected, told.done)
+                self.done["power losses"] += 1
+                self.done[f"mode {durability}"] += 1
+        finally:
+            shutil.rmtree(base, ignore_errors=True)
+            self.disk.unmount()

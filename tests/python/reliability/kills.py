@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kill -9, at random moments and at named points, with options drawn anew at each start."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reliability import faults, trainee
+from reliability.oracle import Found, Operation, Oracle
+from reliability.suite import (
+    DiedError,
+    Kept,
+    ServedSuite,
+    ask,
+    check_kept,
+    expect,
+    hear_the_rest,
+    kept,
+    listen,
+    make_base,
+    scratch,
+)
+from reliability.workload import START, Shape, Workload, draw_options, draw_shape
+
+ROUNDS = 5
+
+
+class Kills(ServedSuite):
+    name = "kill"
+    title = "kill -9 at random and at named points"
+    promise = "every operation that returned is there, the one in flight is there or not, nothing is torn"
+    unit = "kills"
+    small = 200
+    full = 5_000
+
+    def environment(self) -> dict[str, str]:
+        return faults.environment()
+
+    def case(self, seed: int) -> None:
+        with scratch() as directory:
+            Victim(self, seed, directory).live()
+
+
+class Victim:
+    """One storage that is killed some times."""
+
+    def __init__(self, suite: Kills, seed: int, directory: Path) -> None:
+        self.suite = suite
+        self.random = np.random.default_rng([seed, 1])
+        self.shape: Shape = draw_shape(self.random)
+        self.workload = Workload([seed, 2], self.shape)
+        self.base = make_base(directory / "base")
+        self.epitaph = directory / "epitaph"
+        self.oracle = Oracle(self.shape.groups, START)
+        self.low = self.high = 0  # the sequence number it may come back with
+        self.groups: set[int] = set()  # that must exist
+        self.kept: list[Kept] = []
+
+    def live(self) -> None:
+        for number in range(ROUNDS):
+            operations = self.workload.fill() if number == 0 else []
+            operations += self.workload.draw(int(self.random.integers(5, 60)))
+            self.start_and_die(operations)
+        session = self.suite.server.session()
+        self.check(ask(session, trainee.recover, self.base, self.shape.name, self.options()))
+        ask(session, trainee.close)
+        session.leave()
+
+    def options(self) -> dict[str, Any]:
+        return draw_options(self.random, self.shape)
+
+    def check(self, found: Found) -> None:
+        """After a recovery: everything; then the oracle goes on from there."""
+        self.oracle.compare(found, self.low, self.high)
+        assert self.groups <= found.groups, f"groups {self.groups - found.groups} are lost"
+        if self.kept and self.random.random() < 0.5:
+            what = self.kept[int(self.random.integers(len(self.kept)))]
+            if check_kept(self.suite.server, what, self.shape, self.options(), self.oracle):
+                self.suite.done["checkpoints and dumps compared"] += 1
+        self.kept = []
+        self.oracle = self.oracle.from_here(found.sequence)
+        self.low = self.high = found.sequence
+
+    def start_and_die(self, operations: list[Operation]) -> None:
+        session = self.suite.server.session()
+        at_a_point = self.random.random() < 0.7
+        if at_a_point:
+            call, file_class = faults.POINTS[int(self.random.integers(len(faults.POINTS)))]
+            actions = [faults.KILL_BEFORE, faults.KILL_AFTER] + [faults.TEAR] * (call == "write")
+            action = int(self.random.choice(actions))
+            nth = 1 + int(self.random.geometric(0.1 if call == "open" or file_class in ("log", "") else 0.5))
+            ask(session, trainee.watch, self.base, None, self.epitaph)
+            ask(session, trainee.arm, action, call, file_class, nth - int(self.random.random() < 0.3))
+        try:
+            found = ask(session, trainee.recover, self.base, self.shape.name, self.options())
+        except DiedError:
+            self.note_death()
+            session.kill()
+            return
+        try:
+            self.check(found)
+        except BaseException:
+            session.kill()
+            raise
+        beside = str(self.random.choice(["", "", "scan", "lookup", "prefetch"]))
+        session.start("call", trainee.train, operations, self.oracle.now, beside)
+        # At a point, the end of the operations kills those that never came by it.
+        until = None if at_a_point else int(self.random.integers(0, len(operations)))
+        told = listen(session, until)
+        if not told.died and not told.ended:
+            time.sleep(float(self.random.exponential(0.002)))
+        if told.died:
+            self.note_death()
+        else:
+            self.suite.done["at a random moment"] += 1
+            self.suite.done["kills"] += 1
+        hear_the_rest(told, session)
+        assert not told.raised, f"{told.raised}"
+        expected = expect(self.oracle, operations[: told.issued + 1], told)
+        self.low, self.high = expected.sequence(told.done), expected.sequence(told.issued)
+        self.groups |= {group for group, place in expected.opened.items() if place <= told.done}
+        self.kept = kept(self.base, expected, told.done)
+
+    def note_death(self) -> None:
+        """It died by itself: of the point, or of something that must not be."""
+        assert self.epitaph.exists(), "the process died, and not at the point where it was to be killed"
+        self.suite.done[f"at {self.epitaph.read_text()}"] += 1
+        self.suite.done["kills"] += 1
+        self.epitaph.unlink()

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a storage must hold after each of its operations, to the last bit.
+
+Built on the tables of reference.py: every operation is applied in float32 by NumPy, in the process of the test. The
+oracle keeps each row as it was after each sequence number, so that whatever number a storage comes back with after a
+crash, all of it can be compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reference import Floats, ReferenceRow, ReferenceTable, Words, as_uint64
+from storage_server import Group
+
+Commit = tuple[int | None, bytes]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call. Verbs that change nothing (a scan, a checkpoint, ...) have no effect on the oracle."""
+
+    verb: str
+    group: int = -1
+    keys: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    gradients: Floats | None = None
+    lr: float | None = None
+    number: int = 0  # the step of a commit or checkpoint, the time of set_now
+    extra: bytes = b""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a storage is beside its rows, after one sequence number."""
+
+    rows: dict[int, int]
+    steps: dict[int, int]
+    clock: int
+    last_commit: Commit | None
+
+
+@dataclass
+class Rows:
+    """All rows of a group, sorted by key."""
+
+    keys: Words
+    weights: Floats
+    state: dict[str, Floats]
+    update_counts: npt.NDArray[np.uint32]
+    last_updates: npt.NDArray[np.int64]
+
+
+@dataclass
+class Found:
+    """What a storage holds, as it says itself. `inspected`: (group, key) -> (sequence, step), a few rows."""
+
+    sequence: int
+    groups: set[int]  # those that exist
+    numbers: Numbers
+    rows: dict[int, Rows]
+    inspected: dict[tuple[int, int], tuple[int, int]]
+    stats: dict[str, Any]
+
+
+class Oracle:
+    """The history of one storage. `groups` are all it may ever have; unopened ones are empty."""
+
+    def __init__(self, groups: Sequence[Group], now: int) -> None:
+        self.groups = list(groups)
+        self.tables = {
+            group.group: ReferenceTable(
+                group.optimizer, group.initializer, group.dimension, seed=group.seed, stream=group.group
+            )
+            for group in groups
+        }
+        self.sequence = 0  # of the last operation
+        self.now = now
+        self.last_may_be_missing = False  # of the last operation nobody knows whether it happened
+        self._clock = 0
+        self._last_commit: Commit | None = None
+        self._first = 0  # the oldest sequence number that can be asked for
+        self._numbers = [self._current_numbers()]
+        # (group, key) -> sequence numbers at which the row changed, and what it was from then on (None: no row)
+        self._versions: dict[tuple[int, int], tuple[list[int], list[ReferenceRow | None]]] = {}
+
+    def _current_numbers(self) -> Numbers:
+        return Numbers(
+            {group: len(table) for group, table in self.tables.items()},
+            {group: table.step for group, table in self.tables.items()},
+            self._clock,
+            self._last_commit,
+        )
+
+    def _changed(self, group: int, keys: Sequence[int]) -> None:
+        """Notes an operation that wrote one record."""
+        self.sequence += 1
+        rows = self.tables[group].rows if keys else {}
+        for key in keys:
+            row = rows.get(key)
+            sequences, versions = self._versions.setdefault((group, key), ([], []))
+            sequences.append(self.sequence)
+            # The arrays of a row are replaced, never written to, so a shallow copy keeps them.
+            versions.append(None if row is None else copy.copy(row))
+        self._numbers.append(self._current_numbers())
+
+    def perform(self, operation: Operation) -> Any:
+        """Applies an operation; returns what the call returns."""
+        if operation.verb == "set_now":
+            self.now = max(self.now, operation.number)
+            return None
+        if operation.verb == "commit":
+            self._last_commit = (operation.number, operation.extra)
+            self._changed(-1, [])
+            return None
+        if operation.verb not in ("apply_gradients", "lookup", "lookup_only", "contains", "erase"):
+            return None
+        table = self.tables[operation.group]
+        if operation.verb == "lookup_only":
+            return table.lookup(operation.keys, insert=False)
+        if operation.verb == "contains":
+            return table.contains(operation.keys)
+        distinct = list(dict.fromkeys(as_uint64(operation.keys).ravel().tolist()))
+        table.now = max(self._clock, self.now)
+        if operation.verb == "erase":
+            gone = [key for key in distinct if key in table.rows]
+            count = table.erase(operation.keys)
+            if gone:
+                self._clock = table.now
+                self._changed(operation.group, gone)
+            return count
+        if operation.verb == "lookup":
+            fresh = [key for key in distinct if key not in table.rows]
+            weights = table.lookup(operation.keys)
+            if fresh:
+                self._clock = table.now
+                self._changed(operation.group, fresh)
+            return weights
+        if distinct:
+            self._clock = table.now
+            table.apply_gradients(operation.keys, operation.gradients, operation.lr)
+            self._changed(operation.group, distinct)
+        return None
+
+    # ------------------------------------------------------------- the past
+
+    def numbers_at(self, sequence: int) -> Numbers:
+        assert self._first <= sequence <= self.sequence, (self._first, sequence, self.sequence)
+        return self._numbers[sequence - self._first]
+
+    def version_at(self, group: int, key: int, sequence: int) -> tuple[int, ReferenceRow] | None:
+        """The row, and the sequence number since when it is so."""
+        sequences, versions = self._versions[group, key]
+        place = bisect_right(sequences, sequence) - 1
+        row = versions[place] if place >= 0 else None
+        return None if row is None else (sequences[place], row)
+
+    def rows_at(self, sequence: int) -> dict[int, Rows]:
+        """All rows after the operation with this number."""
+        found: dict[int, list[tuple[int, ReferenceRow]]] = {group: [] for group in self.tables}
+        for group, key in self._versions:
+            version = self.version_at(group, key, sequence)
+            if version is not None:
+                found[group].append((key, version[1]))
+        return {group: self._as_arrays(group, sorted(rows, key=lambda row: row[0])) for group, rows in found.items()}
+
+    def _as_arrays(self, group: int, rows: list[tuple[int, ReferenceRow]]) -> Rows:
+        dimension, entries = self.tables[group].dimension, self.tables[group].optimizer.entries
+        none = np.empty((0, dimension), np.float32)
+        return Rows(
+            np.array([key for key, _ in rows], np.uint64),
+            np.stack([row.weights for _, row in rows]) if rows else none,
+            {name: np.stack([row.state[name] for _, row in rows]) if rows else none for name in entries},
+            np.array([row.update_count for _, row in rows], np.uint32),
+            np.array([row.time for _, row in rows], np.int64),
+        )
+
+    def from_here(self, sequence: int) -> Oracle:
+        """Another oracle that goes on from this sequence number and knows nothing from before it."""
+        numbers = self.numbers_at(sequence)
+        other = Oracle(self.groups, self.now)
+        other.sequence = other._first = sequence
+        other._clock, other._last_commit = numbers.clock, numbers.last_commit
+        for group, table in other.tables.items():
+            table.step = numbers.steps[group]
+        for group, key in self._versions:
+            version = self.version_at(group, key, sequence)
+            if version is not None:
+                since, row = version
+                other.tables[group].rows[key] = copy.copy(row)
+                other._versions[group, key] = ([since], [copy.copy(row)])
+        other._numbers = [other._current_numbers()]
+        assert other._numbers[0].rows == numbers.rows
+        return other
+
+    # ------------------------------------------------------------ comparing
+
+    def compare(self, found: Found, low: int, high: int, failed: bool = False) -> None:
+        """Whether it is exactly the storage after some operation of low .. high. AssertionError says what is not.
+
+        `failed`: there were operations that failed. The clock may stand where they would have set it.
+        """
+        sequence = found.sequence
+        assert low <= sequence, f"operation {sequence} is the last one there, but {low} was promised (issued: {high})"
+        assert sequence <= high, f"operation {sequence} is there, but only {high} were issued"
+        numbers = self.numbers_at(sequence)
+        if failed and numbers.clock <= found.numbers.clock <= self.now:
+            numbers = replace(numbers, clock=found.numbers.clock)
+        assert found.numbers == numbers, f"after operation {sequence}: {found.numbers}, expected {numbers}"
+        expected = self.rows_at(sequence)
+        assert found.rows.keys() == expected.keys()
+        for group, rows in expected.items():
+            _compare_rows(f"group {group} after operation {sequence}", found.rows[group], rows)
+        for (group, key), (row_sequence, step) in found.inspected.items():
+            version = self.version_at(group, key, sequence)
+            assert version is not None, f"group {group} has the row {key}"
+            assert (row_sequence, step) == (version[0], version[1].step), (
+                f"group {group}, key {key} after operation {sequence}: the row says operation {row_sequence} and "
+                f"step {step}, expected {version[0]} and {version[1].step}"
+            )
+
+    def compare_group(self, group: int, found: Rows, sequence: int) -> None:
+        _compare_rows(f"group {group} after operation {sequence}", found, self.rows_at(sequence)[group])
+
+
+def _compare_rows(where: str, found: Rows, expected: Rows) -> None:
+    order = np.argsort(found.keys)
+    keys = found.keys[order]
+    if not np.array_equal(keys, expected.keys):
+        lost, more = np.setdiff1d(expected.keys, keys), np.setdiff1d(keys, expected.keys)
+        raise AssertionError(
+            f"{where}: {len(keys)} rows, expected {len(expected.keys)}; lost {lost[:3]}..., "
+            f"not expected {more[:3]}..., twice {len(keys) - len(np.unique(keys))}"
+        )
+    pairs = {"update_counts": (found.update_counts, expected.update_counts)}
+    pairs["last_updates"] = (found.last_updates, expected.last_updates)
+    pairs["weights"] = (_bits(found.weights), _bits(expected.weights))
+    assert found.state.keys() == expected.state.keys(), where
+    for name, block in expected.state.items():
+        pairs[name] = (_bits(found.state[name]), _bits(block))
+    for name, (got, want) in pairs.items():
+        wrong = got[order] != want
+        if not wrong.any():
+            continue
+        rows = np.flatnonzero(wrong.reshape(len(keys), -1).any(axis=1))
+        row = int(rows[0])
+        raise AssertionError(
+            f"{where}: {name} of {len(rows)} of {len(keys)} rows differ; the first, key {keys[row]}: update count "
+            f"{found.update_counts[order][row]}, expected {expected.update_counts[row]}; {name} "
+            f"{np.ravel(got[order][row])[:4]}, expected {np.ravel(want[row])[:4]} (floats as their bits)"
+        )
+
+
+def _bits(floats: Floats) -> npt.NDArray[np.uint32]:
+    assert floats.dtype == np.float32
+    return np.ascontiguousarray(floats).view(np.uint32)

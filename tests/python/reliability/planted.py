@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests the tester: every planted defect of src/core must be noticed by a suite. Lists those that were not.
+
+The package must be built with DAMO_PLANTED_DEFECTS; scripts/plant does that. Writes build/planted/result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from reliability.suite import SkippedError
+from reliability.suites import SUITES
+
+ROOT = Path(__file__).resolve().parents[3]
+# The cheapest suites first; each gets a share of a defect's time.
+ORDER = ("bad-input", "flips", "cold-flips", "kill", "power-loss", "call-fails", "disk-full", "ext4-power-loss")
+
+
+def defects() -> list[str]:
+    """Their names, as they stand in the sources."""
+    found: set[str] = set()
+    for source in (ROOT / "src" / "core").rglob("*.cc"):
+        found.update(re.findall(r'planted\("([^"]+)"\)', source.read_text()))
+    return sorted(found)
+
+
+def notice(name: str, seconds: float) -> str:
+    """In this process: runs a suite until it fails; what it said, or ""."""
+    end = time.monotonic() + seconds
+    seed = 0
+    try:
+        with SUITES[name]() as suite:
+            while time.monotonic() < end and not (name == "bad-input" and seed > 100):
+                try:
+                    suite.case(seed)
+                except Exception as error:
+                    said = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+                    return f"seed {seed}: {said}"
+                seed += 23 if name == "call-fails" else 1
+    except SkippedError as missing:
+        print(f"{name} skipped: {missing}", file=sys.stderr)
+    return ""
+
+
+def noticed(defect: str, seconds: float) -> tuple[str, str]:
+    """The suite that noticed it, and what it said."""
+    for name in ORDER:
+        command = [sys.executable, "-m", "reliability.planted", "--suite", name, "--seconds", str(seconds / len(ORDER))]
+        run = subprocess.run(
+            command, env={**os.environ, "DAMO_DEFECT": defect}, stdout=subprocess.PIPE, text=True, check=False
+        )
+        if run.stdout or run.returncode != 0:
+            return name, run.stdout.strip() or f"it ended with {run.returncode}"
+    return "", ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/plant", description=__doc__)
+    parser.add_argument("defects", nargs="*", help="these only")
+    parser.add_argument("--seconds", type=float, default=240.0, help="for each defect, shared by the suites")
+    parser.add_argument("--suite", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.suite:
+        print(notice(arguments.suite, arguments.seconds), end="")
+        return 0
+    known = defects()
+    if unknown := set(arguments.defects) - set(known):
+        parser.error(f"there is no defect {sorted(unknown)}")
+    clean, said = noticed("none", arguments.seconds)
+    if clean:
+        print(f"{clean} fails without a defect: {said}")
+        return 1
+    result = {}
+    for defect in arguments.defects or known:
+        started = time.monotonic()
+        suite, said = noticed(defect, arguments.seconds)
+        result[defect] = {"noticed_by": suite, "what": said[:300], "seconds": round(time.monotonic() - started, 1)}
+        print(f"{'noticed by ' + suite if suite else 'SURVIVED':<30}{defect}: {said[:150]}", flush=True)
+        path = ROOT / "build" / "planted" / "result.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    survivors = [defect for defect, entry in result.items() if not entry["noticed_by"]]
+    print(f"{len(result) - len(survivors)} of {len(result)} noticed; survivors: {', '.join(survivors) or 'none'}")
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Simulated power loss: a training is recorded, and any moment of it is a place where the power may go.
+
+From the journal of one run come as many disks as are asked for (journal.py), each opened and compared. The recovery of
+some of them is recorded again, with operations after it, and the power goes again, also within that recovery.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reliability import faults, trainee
+from reliability.journal import Disk, Event, Loss, read_journal
+from reliability.oracle import Operation, Oracle
+from reliability.suite import (
+    Expected,
+    ServedSuite,
+    ask,
+    check_kept,
+    expect,
+    kept,
+    listen,
+    make_base,
+    scratch,
+)
+from reliability.workload import START, Shape, Workload, draw_options, draw_shape
+
+STATES = 24  # disks of one recorded run
+DEPTH = 3  # recoveries within recoveries
+
+
+@dataclass
+class Recorded:
+    """A run that was recorded, and what it promised."""
+
+    origin: Path  # the directory before it
+    events: list[Event]
+    oracle: Oracle
+    floor: int  # the sequence number that was safe before it
+    operations: list[Operation]
+    expected: Expected
+    durable: bool
+
+    def range_at(self, position: int, everything_kept: bool) -> tuple[int, int, int, int]:
+        """After the first `position` events: the least and greatest sequence number; the last place done, issued."""
+        issued = done = -1
+        for event in self.events[:position]:
+            if event.type == "K":
+                letter, place = chr(event.numbers[0]), event.numbers[1]
+                if letter == "i":
+                    issued = place
+                elif letter == "d":
+                    done = place
+        if everything_kept:  # as after a kill
+            low = self.expected.sequence(done)
+        else:
+            low = self.expected.last_durable(self.operations, done, self.durable)
+        return max(low, self.floor), self.expected.sequence(issued), done, issued
+
+
+class PowerLoss(ServedSuite):
+    name = "power-loss"
+    title = "simulated power loss: unsynced bytes and directory entries are dropped"
+    promise = "what was committed, or returned in mode durable, is there, and a prefix of what followed, nothing torn"
+    unit = "disks"
+    small = 1_000
+    full = 50_000
+
+    def environment(self) -> dict[str, str]:
+        return faults.environment()
+
+    def case(self, seed: int) -> None:
+        random = np.random.default_rng([seed, 11])
+        shape = draw_shape(random, tight=0.1)
+        with scratch() as directory:
+            origin = make_base(directory / "origin")
+            self.explore(seed, random, shape, origin, Oracle(shape.groups, START), 0, STATES)
+
+    def explore(
+        self,
+        seed: int,
+        random: np.random.Generator,
+        shape: Shape,
+        origin: Path,
+        oracle: Oracle,
+        depth: int,
+        states: int,
+    ) -> None:
+        """Records a run from `origin`, which holds what the oracle has now, and looks at what losses leave of it."""
+        run = self.record(seed, random, shape, origin, oracle, depth)
+        disk = Disk(origin)
+        at = 0
+        for number, position in enumerate(sorted(self._positions(random, run, states))):
+            for event in run.events[at:position]:
+                disk.happen(event)
+            at = position
+            kind = str(random.choice(Loss.KINDS, p=[0.1, 0.25, 0.25, 0.4]))
+            where = f"run {depth}, power lost after event {position} of {len(run.events)}, {kind} of the rest lost"
+            if kind == "nothing":
+                where = f"run {depth}, killed after event {position} of {len(run.events)}"
+            base = origin.with_name(f"{origin.name}-{number}")
+            base.mkdir()
+            disk.after(Loss(kind, random, disk.time), base)
+            make_base(base)
+            deeper = depth + 1 < DEPTH and number % 6 == 5
+            try:
+                sequence = self.check(random, shape, run, position, kind == "nothing", base, keep=not deeper)
+                self.done["disks"] += 1
+                self.done[f"lost: {kind}"] += 1
+                if deeper:
+                    self.explore(seed, random, shape, base, run.oracle.from_here(sequence), depth + 1, states // 4)
+            except AssertionError as error:
+                error.add_note(where)
+                raise
+            finally:
+                _remove(base)
+
+    def _positions(self, random: np.random.Generator, run: Recorded, states: int) -> list[int]:
+        """Half of them anywhere, half around what matters most: syncs, renames, links, removals."""
+        anywhere = random.integers(0, len(run.events) + 1, states - states // 2).tolist()
+        turns = [place for place, event in enumerate(run.events) if event.type in "SYRLUO"]
+        around = random.choice(turns, states // 2) + random.integers(0, 2, states // 2)
+        return anywhere + around.tolist()
+
+    def record(
+        self, seed: int, random: np.random.Generator, shape: Shape, origin: Path, oracle: Oracle, depth: int
+    ) -> Recorded:
+        options = draw_options(random, shape)
+        number = next(self._runs)
+        workload = Workload([seed, 12, int(random.integers(2**31))], shape, first_number=1_000_000 * number)
+        operations = (workload.fill() if depth == 0 else []) + workload.draw(int(random.integers(10, 50)))
+        with scratch() as directory:
+            base, journal = directory / "base", directory / "journal"
+            _copy(origin, base)
+            session = self.server.session()
+            try:
+                ask(session, trainee.watch, base, journal)
+                sequence = ask(session, trainee.open_storage, base, shape.name, options)
+                assert sequence == oracle.sequence, f"opened twice: {oracle.sequence}, then {sequence}"
+                beside = str(random.choice(["", "", "scan", "lookup"]))
+                session.start("call", trainee.train, operations, oracle.now, beside)
+                told = listen(session)
+                assert told.ended, f"{told}"
+                assert not told.raised, f"{told}"
+                if random.random() < 0.3:
+                    ask(session, trainee.close)
+                ask(session, trainee.flush)
+            finally:
+                session.kill()
+            events = read_journal(journal)
+        floor = oracle.sequence
+        expected = expect(oracle, operations, told)
+        return Recorded(origin, events, oracle, floor, operations, expected, options["durability"] == "durable")
+
+    _runs = itertools.count(1)
+
+    def check(
+        self,
+        random: np.random.Generator,
+        shape: Shape,
+        run: Recorded,
+        position: int,
+        everything_kept: bool,
+        base: Path,
+        keep: bool,
+    ) -> int:
+        """Opens the disk and compares all of it; returns its sequence number. `keep`: the files may change."""
+        low, high, done, issued = run.range_at(position, everything_kept)
+        opened = base
+        if not keep:
+            opened = base.with_name(base.name + "-opened")
+            _copy(base, opened)
+        session = self.server.session()
+        try:
+            found = ask(session, trainee.recover, opened, shape.name, draw_options(random, shape), inspect=2)
+            run.oracle.compare(found, low, high)
+        finally:
+            session.kill()
+        must_exist = {group for group, place in run.expected.opened.items() if place <= done}
+        assert must_exist <= found.groups, f"groups {must_exist - found.groups} are lost"
+        made = [what for what in kept(opened, run.expected, done) if what.sequence <= run.expected.sequence(issued)]
+        if made and random.random() < 0.2:
+            what = made[int(random.integers(len(made)))]
+            if check_kept(self.server, what, shape, draw_options(random, shape), run.oracle):
+                self.done["checkpoints and dumps compared"] += 1
+        if opened != base:
+            _remove(opened)
+        return found.sequence
+
+
+def _copy(origin: Path, target: Path) -> None:
+    shutil.copytree(origin, target, symlinks=True)
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)

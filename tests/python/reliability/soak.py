@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs suites at any size, goes on where it was stopped, and writes docs/reliability.md.
+
+The record is build/soak/record.json: for each suite the commit, the first seed, how many cases are done in a row, and
+what they did. Another commit or another first seed begins anew. A case is a seed, so a failure is one number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from reliability.suite import SkippedError
+from reliability.suites import SUITES
+
+ROOT = Path(__file__).resolve().parents[3]
+RECORD = ROOT / "build" / "soak" / "record.json"
+PAGE = ROOT / "docs" / "reliability.md"
+
+
+INTRODUCTION = """\
+# Reliability
+
+What the storage promises when a process dies, the power goes, a disk is full or damaged, and how often each was
+tried. Written by `scripts/soak`, which goes on where it was stopped; `scripts/soak NAME --seed N` shows a case again.
+Every case compares every row, bit for bit, with an oracle in NumPy that shares no code with the core
+([`tests/python/reliability`](../tests/python/reliability)).
+
+| suite | promise | done | failures | commit | seeds |
+|---|---|---|---|---|---|
+"""
+LIMITS = """\
+## What is not shown
+
+- A disk that says a sync is done which is not. No software finds that out.
+- Memory that runs out inside RocksDB, or for good: the process may end, which is as a kill. Once, elsewhere, it is a
+  MemoryError.
+- A read error in a table file in the moment in which it is handed to RocksDB: the builds of RocksDB that
+  distributions ship end the process then. What was logged is redone at the next open.
+- More than one flipped bit may pass a checksum, with a probability of 2^-32 (rows, tables) or 2^-64 (our own files).
+"""
+
+
+def commit() -> str:
+    """With a mark for what is not committed: such a run shows nothing of a commit."""
+    said = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
+    )
+    return said.stdout.strip() or "unknown"
+
+
+def load() -> dict[str, Any]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def save(record: dict[str, Any]) -> None:
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    staged = RECORD.with_suffix(".tmp")
+    staged.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    os.replace(staged, RECORD)
+
+
+def work(name: str, todo: Any, results: Any) -> None:
+    """A process: cases by their seeds until there is a None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with SUITES[name]() as suite:
+            for seed in iter(todo.get, None):
+                before, started, failure = Counter(suite.done), time.monotonic(), ""
+                try:
+                    suite.case(seed)
+                except Exception:
+                    failure = traceback.format_exc()
+                results.put((seed, dict(suite.done - before), failure, time.monotonic() - started))
+    except SkippedError as missing:
+        results.put((None, {}, f"skipped: {missing}", 0.0))
+
+
+def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str, Any]:
+    """Goes on with a suite; returns its entry in the record."""
+    kind = SUITES[name]
+    record = load()
+    entry = record.get(name)
+    if entry is None or (entry["commit"], entry["first_seed"]) != (commit(), first):
+        entry = {"commit": commit(), "first_seed": first, "cases": 0, "done": {}, "failures": [], "seconds": 0.0}
+    done = Counter(entry["done"])
+    todo: Any = multiprocessing.Queue()
+    results: Any = multiprocessing.Queue()
+    workers = [multiprocessing.Process(target=work, args=(name, todo, results)) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    next_seed = next_counted = first + entry["cases"]
+    ahead: dict[int, tuple[dict[str, int], str]] = {}
+    for _ in range(2 * jobs):
+        todo.put(next_seed)
+        next_seed += 1
+    started, base = time.monotonic(), entry["seconds"]
+    try:
+        while done[kind.unit] < units and time.monotonic() < until:
+            seed, did, failure, _ = results.get(timeout=1_200)
+            if seed is None:
+                entry["skipped"] = failure
+                break
+            ahead[seed] = did, failure
+            todo.put(next_seed)
+            next_seed += 1
+            # Only what is done in a row counts, so that a run that is stopped leaves no hole.
+            while next_counted in ahead:
+                did, failure = ahead.pop(next_counted)
+                done.update(did)
+                if failure:
+                    entry["failures"].append({"seed": next_counted, "what": failure})
+                    print(f"FAILED: scripts/soak {name} --seed {next_counted}\n{failure}", flush=True)
+                next_counted += 1
+            entry.update(
+                cases=next_counted - first, done=dict(done), seconds=round(base + time.monotonic() - started, 1)
+            )
+            record[name] = entry
+            if seed % 20 == 0:
+                save(record)
+                print(f"{name}: {done[kind.unit]:,} of {units:,} {kind.unit}", flush=True)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command goes on", flush=True)
+        raise
+    finally:
+        record[name] = entry
+        save(record)
+        for _ in workers:
+            todo.put(None)
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+    return entry
+
+
+def page(record: dict[str, Any]) -> str:
+    """docs/reliability.md."""
+    lines = INTRODUCTION.splitlines()
+    for name, kind in SUITES.items():
+        entry = record.get(name)
+        if entry is None:
+            lines.append(f"| {kind.title} (`{name}`) | {kind.promise} | not run | | | |")
+            continue
+        if "skipped" in entry:
+            lines.append(f"| {kind.title} (`{name}`) | {kind.promise} | {entry['skipped']} | | {entry['commit']} | |")
+            continue
+        seeds = f"{entry['first_seed']} to {entry['first_seed'] + entry['cases'] - 1}"
+        failures = ", ".join(str(failure["seed"]) for failure in entry["failures"]) or "none"
+        count = f"{entry['done'].get(kind.unit, 0):,} {kind.unit}"
+        lines.append(
+            f"| {kind.title} (`{name}`) | {kind.promise} | {count} | {failures} | `{entry['commit']}` | {seeds} |"
+        )
+    lines += ["", "## What the cases did", ""]
+    for name, kind in SUITES.items():
+        entry = record.get(name)
+        if entry is None or not entry["done"]:
+            continue
+        did = ", ".join(f"{what} {count:,}" for what, count in sorted(entry["done"].items()) if what != kind.unit)
+        lines += [f"- **{name}**, {entry['cases']:,} cases in {entry['seconds']:,.0f} s: {did or 'as counted above'}."]
+    lines += [
+        "",
+        *LIMITS.splitlines(),
+        "",
+        f"Run on {platform.system()} {platform.release().split('-')[0]}, {platform.machine()}, "
+        f"Python {platform.python_version()}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; none: all")
+    parser.add_argument("--seed", type=int, help="one case of one suite, to see a failure again")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the full size: 0.01 is a hundredth")
+    parser.add_argument("--minutes", type=float, default=0.0, help="stop after that time, shared by the suites")
+    parser.add_argument("--first-seed", type=int, default=0, help="where the seeds begin; another one begins anew")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    names = arguments.suites or list(SUITES)
+    if unknown := set(names) - set(SUITES):
+        parser.error(f"there is no suite {sorted(unknown)}; there are {', '.join(SUITES)}")
+    if arguments.seed is not None:
+        if len(names) != 1:
+            parser.error("--seed is of one suite")
+        with SUITES[names[0]]() as suite:
+            suite.case(arguments.seed)
+        print(f"passed: {dict(suite.done)}")
+        return 0
+    failed = False
+    end = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    for place, name in enumerate(names):
+        left = end - time.monotonic()
+        until = time.monotonic() + left / (len(names) - place)
+        entry = run(name, round(SUITES[name].full * arguments.scale), arguments.first_seed, arguments.jobs, until)
+        failed |= bool(entry["failures"])
+        PAGE.write_text(page(load()))
+    print(f"written: {PAGE.relative_to(ROOT)}, {RECORD.relative_to(ROOT)}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a suite is, and what the suites share: sessions of trainees, a place for files, what was promised."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+import damo_embedding as de
+from reliability import trainee
+from reliability.oracle import Operation, Oracle
+from reliability.workload import Shape
+from storage_server import PATIENCE, ForkServer, Session, fork_server
+
+
+class SkippedError(Exception):
+    """This machine cannot run the suite; the text says what is missing."""
+
+
+class Suite(ABC):
+    """Cases by seed. A context manager: what the cases share is set up once.
+
+    `case` raises AssertionError when a promise is broken, and counts what it did in `self.done`.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    promise: ClassVar[str]  # what the storage must do, in a sentence
+    unit: ClassVar[str]  # what is counted; a key of `done`
+    small: ClassVar[int]  # units in scripts/test
+    full: ClassVar[int]  # units in scripts/soak
+
+    def __init__(self) -> None:
+        self.done: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        del exception  # there is nothing to let go of
+
+    @abstractmethod
+    def case(self, seed: int) -> None: ...
+
+
+class ServedSuite(Suite):
+    """A suite whose storages live in processes of a fork server."""
+
+    def environment(self) -> dict[str, str] | None:
+        return None
+
+    def __enter__(self) -> Self:
+        self._server = fork_server(self.environment(), "reliability.trainee")
+        self.server: ForkServer = self._server.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._server.__exit__(*exception)
+
+
+def memory_directory() -> str | None:
+    """A file system in memory where there is one: its syncs are fast, and no test here depends on them."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+@contextmanager
+def scratch(where: str | None = None) -> Iterator[Path]:
+    """A directory for a case, in memory if there is room."""
+    directory = Path(tempfile.mkdtemp(prefix="damo-case-", dir=where or memory_directory()))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def make_base(base: Path) -> Path:
+    """Where a trainee works."""
+    base.mkdir(exist_ok=True)
+    for name in ("checkpoints", "dumps"):
+        (base / name).mkdir(exist_ok=True)
+    return base
+
+
+@dataclass
+class Told:
+    """What a training said until it ended or died."""
+
+    issued: int = -1  # places in the list of operations
+    done: int = -1
+    answers: dict[int, bytes] = field(default_factory=dict)
+    raised: dict[int, tuple[str, str, int]] = field(default_factory=dict)  # name, message, sequence number
+    ended: bool = False  # all was done
+    died: bool = False
+
+    def take(self, message: Any) -> None:
+        match message:
+            case ("issued", place):
+                self.issued = place
+            case ("done", place, answer):
+                self.done = place
+                self.answers[place] = answer
+            case ("raised", place, name, text, sequence):
+                self.raised[place] = (name, text, sequence)
+            case ("returned", _):
+                self.ended = True
+            case _:
+                raise AssertionError(f"{message}")
+
+
+def listen(session: Session, until: int | None = None) -> Told:
+    """Hears a training to its end, to the death of its process, or until this place is done."""
+    told = Told()
+    while not told.ended and (until is None or told.done < until):
+        if not session.connection.poll(PATIENCE):
+            session.kill()
+            raise AssertionError(f"operation {told.issued} did not end within {PATIENCE} s: killed")
+        try:
+            told.take(session.connection.recv())
+        except (EOFError, OSError):
+            told.died = True
+            break
+    return told
+
+
+def hear_the_rest(told: Told, session: Session) -> None:
+    """Kills the process, and takes what it had still said."""
+    for message in session.kill():
+        told.take(message)
+
+
+@dataclass
+class Expected:
+    """The oracle after operations, and what each of them made."""
+
+    sequence_before: int
+    sequences: list[int] = field(default_factory=list)  # after each operation
+    checkpoints: dict[int, int] = field(default_factory=dict)  # number -> sequence number
+    dumps: dict[int, tuple[int, int]] = field(default_factory=dict)  # number -> group, sequence number
+    places: dict[int, int] = field(default_factory=dict)  # of checkpoints and dumps, by number
+    opened: dict[int, int] = field(default_factory=dict)  # group -> place of its first operation
+
+    def sequence(self, place: int) -> int:
+        """After the operation at this place; -1: before the first."""
+        return self.sequences[place] if place >= 0 else self.sequence_before
+
+    def last_durable(self, operations: list[Operation], done: int, durable: bool) -> int:
+        """The sequence number that survives power loss once the operations up to place `done` have returned."""
+        for place in range(done, -1, -1):
+            if durable or operations[place].verb in ("commit", "reopen"):
+                return self.sequences[place]
+        return self.sequence_before
+
+
+def expect(oracle: Oracle, operations: list[Operation], told: Told | None = None) -> Expected:
+    """Does the operations in the oracle, and compares the answers of those that were done."""
+    expected = Expected(oracle.sequence)
+    for place, operation in enumerate(operations):
+        answer = oracle.perform(operation)
+        expected.sequences.append(oracle.sequence)
+        if operation.group >= 0:
+            expected.opened.setdefault(operation.group, place)
+        if operation.verb == "checkpoint":
+            expected.checkpoints[operation.number] = oracle.sequence
+            expected.places[operation.number] = place
+        if operation.verb == "dump":
+            expected.dumps[operation.number] = (operation.group, oracle.sequence)
+            expected.places[operation.number] = place
+        if told is not None and place in told.answers and operation.verb not in ("prefetch", "dump"):
+            assert told.answers[place] == trainee.digest(answer), (
+                f"operation {place}, {operation.verb} of {len(operation.keys)} keys of group {operation.group}, "
+                "returned something else than the oracle"
+            )
+    return expected
+
+
+class DiedError(Exception):
+    """The process ended without an answer."""
+
+
+def ask(session: Session, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Calls a function of trainee.py. DiedError if its process did not survive it."""
+    try:
+        return session("call", function, *args, **named)
+    except (EOFError, OSError) as error:
+        raise DiedError(function.__name__) from error
+
+
+@dataclass
+class Kept:
+    """A checkpoint or a dump: what it must be if it is there, and whether it must be there."""
+
+    path: Path
+    sequence: int
+    returned: bool
+    group: int = -1  # of a dump
+
+
+def kept(base: Path, expected: Expected, done: int) -> list[Kept]:
+    """The checkpoints and dumps that operations made or began to make; `done`: the last that returned."""
+    checkpoints = [
+        Kept(base / "checkpoints" / str(number), sequence, expected.places[number] <= done)
+        for number, sequence in expected.checkpoints.items()
+    ]
+    dumps = [
+        Kept(base / "dumps" / f"{number}.bin", sequence, expected.places[number] <= done, group)
+        for number, (group, sequence) in expected.dumps.items()
+    ]
+    return checkpoints + dumps
+
+
+def check_kept(server: ForkServer, what: Kept, shape: Shape, options: dict[str, Any], oracle: Oracle) -> bool:
+    """Whether it is there; whole then, to the last bit."""
+    if not what.path.exists():
+        assert not what.returned, f"{what.path} is not there, but the call had returned"
+        return False
+    if what.group >= 0:
+        _check_dump(what, oracle)
+    else:
+        _check_checkpoint(server, what, shape, options, oracle)
+    return True
+
+
+def _check_dump(what: Kept, oracle: Oracle) -> None:
+    keys, weights = de.read_dump(what.path).get(what.group, (np.empty(0, np.uint64), np.empty(0, np.float32)))
+    expected = oracle.rows_at(what.sequence)[what.group]
+    order = np.argsort(keys)
+    assert np.array_equal(keys[order], expected.keys), f"{what.path} has other keys than after {what.sequence}"
+    assert weights[order].tobytes() == expected.weights.tobytes(), f"{what.path} has other weights"
+
+
+def _check_checkpoint(server: ForkServer, what: Kept, shape: Shape, options: dict[str, Any], oracle: Oracle) -> None:
+    """Restores it into a directory of its own."""
+    with scratch() as directory:
+        session = server.session()
+        try:
+            found = ask(session, trainee.recover, make_base(directory / "restored"), shape.name, options, what.path)
+        finally:
+            session.kill()
+    # A restored storage gives the checkpoint's step as its last commit.
+    assert found.numbers.last_commit == (int(what.path.name), b"")
+    found.numbers = replace(found.numbers, last_commit=oracle.numbers_at(what.sequence).last_commit)
+    oracle.compare(found, what.sequence, what.sequence)

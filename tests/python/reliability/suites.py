@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All suites, by name."""
+
+from __future__ import annotations
+
+from reliability.bad_input import BadInput
+from reliability.call_fails import CallFails
+from reliability.disk_full import DiskFull
+from reliability.flips import ColdFlips, Flips
+from reliability.journaled_disk import JournaledDisk
+from reliability.kills import Kills
+from reliability.power_loss import PowerLoss
+from reliability.suite import Suite
+
+SUITES: dict[str, type[Suite]] = {
+    suite.name: suite for suite in (Kills, PowerLoss, JournaledDisk, CallFails, DiskFull, Flips, ColdFlips, BadInput)
+}

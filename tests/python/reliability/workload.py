@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done to a storage, from a seed: its groups, its options, its operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import damo_embedding as de
+from reliability.oracle import Operation
+from storage_server import Group
+
+START = 2**40  # ahead of any wall clock: time is the workload's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A kind of storage. The last group is opened on the way."""
+
+    name: str
+    groups: tuple[Group, ...]
+    pool: int  # keys of a group
+    batch: int  # keys of a call, at most
+    log_bytes: tuple[str, ...]
+
+    @property
+    def first_groups(self) -> tuple[Group, ...]:
+        return self.groups[:-1]
+
+
+# Thousands of operations a second, a log that fits into one segment, now and then a cut.
+SMALL = Shape(
+    "small",
+    (
+        Group(0, de.SGD(lr=0.1, weight_decay=0.01), de.Uniform(-1.0, 1.0), dimension=3, seed=1),
+        Group(7, de.Adagrad(lr=0.1), de.Normal(0.0, 0.5), dimension=16, seed=2),
+        Group(200, de.Adam(lr=0.1), de.TruncatedNormal(0.0, 1.0), dimension=33, seed=3),
+        Group(255, de.Adam(lr=0.01, bias_correction="global"), de.Zeros(), dimension=8, seed=4),
+    ),
+    pool=300,
+    batch=60,
+    log_bytes=("1MiB", "64MiB"),
+)
+# Rows of 4, 8 and 12 KB: more than the least memory holds, a log that is cut again and again.
+TIGHT = Shape(
+    "tight",
+    (
+        Group(0, de.SGD(lr=0.1), de.Uniform(-1.0, 1.0), dimension=1024, seed=1),
+        Group(7, de.Adagrad(lr=0.1), de.Normal(0.0, 0.5), dimension=1020, seed=2),
+        Group(200, de.Adam(lr=0.1), de.TruncatedNormal(0.0, 1.0), dimension=1000, seed=3),
+        Group(255, de.Adam(lr=0.01, bias_correction="global"), de.Zeros(), dimension=900, seed=4),
+    ),
+    pool=900,
+    batch=90,
+    log_bytes=("1MiB", "4MiB"),
+)
+SHAPES = {shape.name: shape for shape in (SMALL, TIGHT)}
+
+
+def draw_shape(random: np.random.Generator, tight: float = 0.2) -> Shape:
+    return TIGHT if random.random() < tight else SMALL
+
+
+def draw_options(random: np.random.Generator, shape: Shape) -> dict[str, Any]:
+    """Options of one opening. Nothing that is stored depends on them."""
+    return {
+        "memory": str(random.choice(["16MiB", "16MiB", "20MiB"])),
+        "threads": int(random.integers(1, 4)),
+        "log_bytes": str(random.choice(shape.log_bytes)),
+        "durability": str(random.choice(["logged", "durable"])),
+    }
+
+
+# verb, weight
+_VERBS = {
+    "apply_gradients": 46, "lookup": 15, "erase": 8, "commit": 7, "set_now": 4, "lookup_only": 4, "contains": 2,
+    "prefetch": 2, "scan": 2, "dump": 2, "checkpoint": 4, "reopen": 2, "open_group": 2,
+}  # fmt: skip
+
+
+class Workload:
+    """Operations without end, each a function of the seed and its place alone."""
+
+    def __init__(self, seed: list[int], shape: Shape, first_number: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.shape = shape
+        self._pools = {}
+        for group in shape.groups:
+            random = np.random.default_rng([shape.pool, group.group])
+            keys = random.integers(-(2**63), 2**63, shape.pool, dtype=np.int64)
+            keys[:5] = [0, -1, 1, 2**63 - 1, -(2**63)]
+            self._pools[group.group] = keys
+        self._now = START
+        self._number = first_number
+        self._open = list(shape.first_groups)
+
+    def fill(self) -> list[Operation]:
+        """More rows than memory holds, for the shape that is about that."""
+        if self.shape is not TIGHT:
+            return []
+        step = 3 * self.shape.batch
+        return [
+            self._apply(group, self._pools[group.group][begin : begin + step])
+            for begin in range(0, self.shape.pool, step)
+            for group in self._open
+        ]
+
+    def draw(self, count: int, without: tuple[str, ...] = ()) -> list[Operation]:
+        verbs = [verb for verb in _VERBS if verb not in without]
+        weights = np.array([_VERBS[verb] for verb in verbs], np.float64)
+        chosen = self.random.choice(len(verbs), count, p=weights / weights.sum())
+        return [self._draw(verbs[which]) for which in chosen]
+
+    def _keys(self, group: Group, most: int) -> np.ndarray:
+        """From few keys or all of them, so that some repeat and some are cold."""
+        pool = self._pools[group.group]
+        width = int(self.random.choice([3, len(pool) // 10, len(pool)]))
+        begin = int(self.random.integers(0, len(pool) - width + 1))
+        return pool[self.random.integers(begin, begin + width, self.random.integers(0, most + 1))]
+
+    def _apply(self, group: Group, keys: np.ndarray) -> Operation:
+        gradients = self.random.standard_normal((len(keys), group.dimension)).astype(np.float32)
+        lr = (None, None, 0.0, 0.5)[int(self.random.integers(4))]
+        return Operation("apply_gradients", group.group, keys, gradients, lr)
+
+    def _draw(self, verb: str) -> Operation:
+        group = self._open[int(self.random.integers(len(self._open)))]
+        self._number += 1
+        if verb == "apply_gradients":
+            # Now and then more rows than may be in memory at once.
+            most = self.shape.batch * (4 if self.random.random() < 0.05 else 1)
+            return self._apply(group, self._keys(group, most))
+        if verb in ("lookup", "lookup_only", "contains", "erase", "prefetch"):
+            most = self.shape.batch if verb != "erase" else self.shape.batch // 2
+            return Operation(verb, group.group, self._keys(group, most))
+        if verb == "commit":
+            extra = self.random.bytes(int(self.random.integers(0, 40)))
+            return Operation(verb, number=self._number, extra=extra)
+        if verb == "set_now":
+            self._now += int(self.random.integers(1, 10**6))
+            return Operation(verb, number=self._now)
+        if verb == "open_group":
+            last = self.shape.groups[-1]
+            if last not in self._open:
+                self._open.append(last)
+            return Operation(verb, last.group)
+        if verb in ("checkpoint", "reopen"):
+            return Operation(verb, number=self._number)
+        return Operation(verb, group.group, number=self._number)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A little of each suite in reliability/; scripts/soak runs them at any size. And the tester, tested.
+
+Other cases: DAMO_RELIABILITY_SEED=1000 pytest tests/python/test_reliability.py
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reliability.journal import Disk, Event, Loss
+from reliability.oracle import Found, Operation, Oracle
+from reliability.suite import SkippedError
+from reliability.suites import SUITES
+from reliability.workload import SMALL, START, Workload
+
+FIRST = int(os.environ.get("DAMO_RELIABILITY_SEED", "0"))
+# suite -> parts, so that the processes of a test run share it; and a stride, so that a few seeds see all kinds
+PARTS = {
+    "kill": 4, "power-loss": 4, "call-fails": 6, "ext4-power-loss": 2, "disk-full": 2, "flips": 2, "cold-flips": 1,
+    "bad-input": 2,
+}  # fmt: skip
+STRIDE = {"call-fails": 23}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name, parts in PARTS.items() for part in range(parts)])
+def test_what_is_promised_holds(name: str, part: int) -> None:
+    """Fails with the seed of the case: scripts/soak NAME --seed SEED shows it again."""
+    kind = SUITES[name]
+    try:
+        with kind() as suite:
+            place = part
+            while suite.done[kind.unit] < kind.small / PARTS[name]:
+                seed = FIRST + place * STRIDE.get(name, 1)
+                try:
+                    suite.case(seed)
+                except AssertionError as error:
+                    error.add_note(f"scripts/soak {name} --seed {seed}")
+                    raise
+                place += PARTS[name]
+                assert place < part + 100_000, f"{suite.done}"
+    except SkippedError as missing:
+        pytest.skip(str(missing))
+
+
+# ---------------------------------------------------------- the tester, tested
+
+
+def oracle_after(count: int) -> Oracle:
+    oracle = Oracle(SMALL.groups, START)
+    for operation in Workload([1, 2], SMALL).draw(count):
+        oracle.perform(operation)
+    return oracle
+
+
+def found_at(oracle: Oracle, sequence: int) -> Found:
+    numbers = oracle.numbers_at(sequence)
+    return Found(sequence, set(numbers.rows), numbers, oracle.rows_at(sequence), {}, {})
+
+
+def test_the_oracle_knows_every_moment_of_its_past() -> None:
+    whole = oracle_after(60)
+    later = Oracle(SMALL.groups, START)
+    for operation in Workload([1, 2], SMALL).draw(60):
+        later.perform(operation)
+        whole.compare(found_at(later, later.sequence), later.sequence, later.sequence)
+    middle = whole.sequence // 2
+    whole.compare(found_at(whole.from_here(middle), middle), middle, middle)
+
+
+def test_the_oracle_refuses_what_is_not_exactly_the_storage() -> None:
+    oracle = oracle_after(60)
+    last = oracle.sequence
+    oracle.compare(found_at(oracle, last), last, last)
+
+    def refused(found: Found, text: str, low: int = last, high: int = last) -> None:
+        with pytest.raises(AssertionError, match=text):
+            oracle.compare(found, low, high)
+
+    refused(found_at(oracle, last - 1), "was promised")
+    refused(found_at(oracle, last), "were issued", 0, last - 1)
+    group = max(oracle.tables, key=lambda number: len(oracle.tables[number]))
+    for field in ("weights", "state", "update_counts", "last_updates", "keys"):
+        found = found_at(oracle, last)
+        rows = found.rows[group]
+        if field == "state":
+            block = next(iter(rows.state.values()))
+        else:
+            block = getattr(rows, field)
+        # The least bit of one number.
+        block.reshape(-1).view(np.uint8)[0] ^= 1
+        refused(found, "differ|rows, expected")
+    found = found_at(oracle, last)
+    found.rows[group] = replace(found.rows[group], **{
+        name: getattr(found.rows[group], name)[1:] for name in ("keys", "weights", "update_counts", "last_updates")
+    })  # fmt: skip
+    refused(found, "lost")
+    found = found_at(oracle, last)
+    found.numbers = replace(found.numbers, clock=found.numbers.clock + 1)
+    refused(found, "clock")
+
+
+def test_the_oracle_does_what_the_documents_say() -> None:
+    oracle = Oracle(SMALL.groups, START)
+    one = np.array([1], np.int64)
+    oracle.perform(Operation("lookup", 0, one))
+    oracle.perform(Operation("lookup", 0, one))  # makes no row: no operation
+    oracle.perform(Operation("erase", 0, np.array([2])))  # nor does this
+    assert oracle.sequence == 1
+    oracle.perform(Operation("apply_gradients", 0, one, np.ones((1, 3), np.float32)))
+    oracle.perform(Operation("commit", number=5, extra=b"x"))
+    assert oracle.sequence == 3
+    assert oracle.numbers_at(3).last_commit == (5, b"x")
+    assert oracle.numbers_at(1).steps[0] == 0
+    assert oracle.numbers_at(2).steps[0] == 1
+
+
+# A model of a disk: what a power loss leaves.
+
+
+def disk_after(tmp_path: Path, events: list[Event], kind: str, seed: int = 0) -> dict[str, bytes]:
+    origin, target = tmp_path / "origin", tmp_path / f"{kind}-{seed}"
+    origin.mkdir(exist_ok=True)
+    target.mkdir()
+    disk = Disk(origin)
+    for event in events:
+        disk.happen(event)
+    disk.after(Loss(kind, np.random.default_rng(seed), disk.time), target)
+    return {str(file.relative_to(target)): file.read_bytes() for file in target.rglob("*") if file.is_file()}
+
+
+CREATE = os.O_WRONLY | os.O_CREAT
+WRITTEN = [Event("O", (1, CREATE), (b"a.tmp",)), Event("W", (1, 0), (b"new",))]
+RENAMED = Event("R", (), (b"a.tmp", b"a"))
+DIRECTORY = [Event("O", (2, os.O_RDONLY), (b".",)), Event("Y", (2,), (b".",))]
+
+
+def test_unsynced_bytes_and_names_are_lost(tmp_path: Path) -> None:
+    synced = Event("S", (1,), (b"a.tmp",))
+    assert disk_after(tmp_path, WRITTEN, "everything", 1) == {}
+    assert disk_after(tmp_path, [*WRITTEN, *DIRECTORY], "everything", 2) == {"a.tmp": b""}
+    assert disk_after(tmp_path, [*WRITTEN, synced, RENAMED], "everything", 3) == {}
+    assert disk_after(tmp_path, [*WRITTEN, synced, RENAMED, *DIRECTORY], "everything", 4) == {"a": b"new"}
+    assert disk_after(tmp_path, [*WRITTEN, RENAMED], "nothing", 5) == {"a": b"new"}
+
+
+def test_a_rename_without_a_sync_of_the_file_may_leave_an_empty_one(tmp_path: Path) -> None:
+    left = {str(disk_after(tmp_path, [*WRITTEN, RENAMED], "anything", seed)) for seed in range(60)}
+    contents = (b"", bytes(3), b"new")  # nothing, a length without its bytes, all
+    assert left == {"{}"} | {str({name: content}) for name in ("a", "a.tmp") for content in contents}
+
+
+def test_pages_reach_the_disk_in_any_order(tmp_path: Path) -> None:
+    page = b"x" * 4096
+    events = [
+        Event("O", (1, CREATE), (b"log",)),
+        *DIRECTORY,
+        Event("W", (1, 0), (page,)),
+        Event("S", (1,), (b"log",)),
+        Event("W", (1, 4096), (page,)),
+        Event("W", (1, 8192), (page,)),
+    ]
+    left = {disk_after(tmp_path, events, "anything", seed)["log"] for seed in range(200)}
+    zeros = bytes(4096)
+    assert {page, page + page, page + page + page, page + zeros + page} <= left
+    assert all(content.startswith(page) for content in left)  # what was synced stays
