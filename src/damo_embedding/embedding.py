@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from damo_embedding import _core
 from damo_embedding.initializers import Initializer
-from damo_embedding.optimizers import _MAX_FLOAT, Optimizer, _number
+from damo_embedding.optimizers import Optimizer
+from damo_embedding.settings import _MAX_FLOAT, _number
 from damo_embedding.storage import Storage
 
 __all__ = ["Embedding", "RowInfo", "Rows"]

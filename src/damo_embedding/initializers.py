@@ -9,32 +9,20 @@ the last bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from damo_embedding.optimizers import _MAX_FLOAT, _number
+from damo_embedding.settings import _MAX_FLOAT, Described
 
 __all__ = ["Constant", "Initializer", "Normal", "Ones", "TruncatedNormal", "Uniform", "Zeros"]
 
 _MAX_NORMAL = 1e37  # beyond it mean + std * z would leave float32
 
 
-class Initializer:
+class Initializer(Described):
     """What the initializers here have in common. Take one of them; this class is for `isinstance`."""
-
-    name: ClassVar[str]
-    """The initializer's name in the core, the manifest and the docs: "truncated_normal"."""
-
-    def _settings(self) -> dict[str, float]:
-        """What the core's initializer of this name takes: its fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-
-    def _take(self, field: str, lowest: float, highest: float) -> None:
-        """Checks a field and keeps it as a float."""
-        value = _number(type(self).__name__, field, getattr(self, field), lowest, highest)
-        object.__setattr__(self, field, value)
 
 
 @dataclass(frozen=True)

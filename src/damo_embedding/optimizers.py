@@ -8,49 +8,20 @@ docs/optimizers.md has the formulas to the last rounding.
 
 from __future__ import annotations
 
-import math
-import numbers
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-__all__ = ["SGD", "Adagrad", "Adam", "Optimizer"]
+from damo_embedding.settings import _BELOW_ONE, _MAX_FLOAT, _MIN_FLOAT, Described, _number
 
-_MAX_FLOAT = 3.4028234663852886e38  # the largest float32
-_MIN_FLOAT = 1.1754943508222875e-38  # the smallest normal float32
-_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
+__all__ = ["SGD", "Adagrad", "Adam", "Optimizer"]
 
 BiasCorrection = Literal["row", "global"]
 
 
-def _number(owner: str, name: str, value: object, lowest: float, highest: float) -> float:
-    """`value` as a float in [lowest, highest]; bool, str and the like are a TypeError, NaN a ValueError."""
-    # NumPy's bool is not a numbers.Real, Python's is.
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"[{owner}] {name} is {value!r} ({type(value).__name__}), expected a number")
-    try:
-        number = float(value)
-    except OverflowError:  # an int beyond the largest double, of either sign
-        number = math.inf
-    if not lowest <= number <= highest:
-        raise ValueError(f"[{owner}] {name} is {value!r}, expected a number in [{lowest:.8g}, {highest:.8g}]")
-    return number
-
-
-class Optimizer:
+class Optimizer(Described):
     """What the optimizers of this module have in common. Take one of them; this class is for `isinstance`."""
 
-    name: ClassVar[str]
-    """The optimizer's name in the core, the manifest and the docs: "adam"."""
     lr: float
-
-    def _settings(self) -> dict[str, float]:
-        """What the core's optimizer of this name takes."""
-        raise NotImplementedError
-
-    def _take(self, field: str, lowest: float, highest: float) -> None:
-        """Checks a field and keeps it as a float."""
-        value = _number(type(self).__name__, field, getattr(self, field), lowest, highest)
-        object.__setattr__(self, field, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +48,6 @@ class SGD(Optimizer):
     def __post_init__(self) -> None:
         self._take("lr", 0.0, _MAX_FLOAT)
         self._take("weight_decay", 0.0, _MAX_FLOAT)
-
-    def _settings(self) -> dict[str, float]:
-        return {"lr": self.lr, "weight_decay": self.weight_decay}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +84,6 @@ class Adagrad(Optimizer):
         self._take("eps", _MIN_FLOAT, _MAX_FLOAT)
         self._take("weight_decay", 0.0, _MAX_FLOAT)
         self._take("initial_accumulator_value", 0.0, _MAX_FLOAT)
-
-    def _settings(self) -> dict[str, float]:
-        return {
-            "lr": self.lr,
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-            "initial_accumulator_value": self.initial_accumulator_value,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
