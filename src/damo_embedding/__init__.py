@@ -17,7 +17,19 @@ from damo_embedding.errors import (
     StorageError,
 )
 from damo_embedding.hashing import hash_keys
-from damo_embedding.initializers import Constant, Initializer, Normal, Ones, TruncatedNormal, Uniform, Zeros
+from damo_embedding.initializers import (
+    Constant,
+    Initializer,
+    KaimingNormal,
+    KaimingUniform,
+    Normal,
+    Ones,
+    TruncatedNormal,
+    Uniform,
+    XavierNormal,
+    XavierUniform,
+    Zeros,
+)
 from damo_embedding.optimizers import SGD, Adagrad, Adam, Optimizer
 from damo_embedding.storage import Storage
 
@@ -35,6 +47,8 @@ __all__ = [
     "Embedding",
     "ForkedHandleError",
     "Initializer",
+    "KaimingNormal",
+    "KaimingUniform",
     "Normal",
     "Ones",
     "Optimizer",
@@ -45,6 +59,8 @@ __all__ = [
     "StorageError",
     "TruncatedNormal",
     "Uniform",
+    "XavierNormal",
+    "XavierUniform",
     "Zeros",
     "hash_keys",
     "read_dump",

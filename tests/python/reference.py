@@ -330,10 +330,13 @@ class ReferenceUniform(ReferenceInitializer):
     required: ClassVar[frozenset[str]] = frozenset({"low", "high"})
 
     def weights(self, seed: int, stream: int, keys: npt.ArrayLike, dimension: int) -> Floats:
-        low, high = f32(self.settings["low"]), f32(self.settings["high"])
+        low, high = self.bounds(dimension)
         u = random_words(seed, stream, keys, dimension).astype(np.float64) * 2.0**-32
         drawn = (float(low) + (float(high) - float(low)) * u).astype(f32)
         return np.where(drawn < high, drawn, np.nextafter(high, low))
+
+    def bounds(self, dimension: int) -> tuple[np.float32, np.float32]:
+        return f32(self.settings["low"]), f32(self.settings["high"])
 
 
 class ReferenceNormal(ReferenceInitializer):
@@ -341,7 +344,13 @@ class ReferenceNormal(ReferenceInitializer):
 
     def weights(self, seed: int, stream: int, keys: npt.ArrayLike, dimension: int) -> Floats:
         u = (random_words(seed, stream, keys, dimension).astype(np.float64) + 0.5) * 2.0**-32
-        return (self.settings["mean"] + self.settings["std"] * self.quantile(u)).astype(f32)
+        return (self.mean() + self.std(dimension) * self.quantile(u)).astype(f32)
+
+    def mean(self) -> float:
+        return self.settings["mean"]
+
+    def std(self, dimension: int) -> float:
+        return self.settings["std"]
 
     def quantile(self, u: Doubles) -> Doubles:
         return inverse_normal(u)
@@ -353,6 +362,46 @@ class ReferenceTruncatedNormal(ReferenceNormal):
         return np.clip(inverse_normal(p), -2.0, 2.0)
 
 
+class ReferenceXavierUniform(ReferenceUniform):
+    required: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[dict[str, float]] = {"gain": 1.0}
+
+    def bounds(self, dimension: int) -> tuple[np.float32, np.float32]:
+        bound = f32(self.settings["gain"] * math.sqrt(6.0 / dimension))
+        return -bound, bound
+
+
+class ReferenceXavierNormal(ReferenceNormal):
+    defaults: ClassVar[dict[str, float]] = {"gain": 1.0}
+
+    def mean(self) -> float:
+        return 0.0
+
+    def std(self, dimension: int) -> float:
+        return self.settings["gain"] * math.sqrt(2.0 / dimension)
+
+
+class ReferenceKaimingUniform(ReferenceUniform):
+    required: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[dict[str, float]] = {"a": 0.0}
+
+    def bounds(self, dimension: int) -> tuple[np.float32, np.float32]:
+        a = self.settings["a"]
+        bound = f32(math.sqrt(6.0 / ((1.0 + a * a) * dimension)))
+        return -bound, bound
+
+
+class ReferenceKaimingNormal(ReferenceNormal):
+    defaults: ClassVar[dict[str, float]] = {"a": 0.0}
+
+    def mean(self) -> float:
+        return 0.0
+
+    def std(self, dimension: int) -> float:
+        a = self.settings["a"]
+        return math.sqrt(2.0 / ((1.0 + a * a) * dimension))
+
+
 INITIALIZERS: dict[str, type[ReferenceInitializer]] = {
     "zeros": ReferenceZeros,
     "ones": ReferenceOnes,
@@ -360,6 +409,10 @@ INITIALIZERS: dict[str, type[ReferenceInitializer]] = {
     "uniform": ReferenceUniform,
     "normal": ReferenceNormal,
     "truncated_normal": ReferenceTruncatedNormal,
+    "xavier_uniform": ReferenceXavierUniform,
+    "xavier_normal": ReferenceXavierNormal,
+    "kaiming_uniform": ReferenceKaimingUniform,
+    "kaiming_normal": ReferenceKaimingNormal,
 }
 
 
