@@ -18,6 +18,7 @@
 
 #include "batch.h"
 #include "format.h"
+#include "schedule.h"
 #include "store.h"
 #include "table_spec.h"
 
@@ -62,8 +63,11 @@ class Table {
   const Optimizer& optimizer() const noexcept { return *shape_.optimizer; }
   uint64_t size() const noexcept { return rows_.load(); }
   uint64_t step() const noexcept { return step_.load(); }  // applied updates
-  double lr() const noexcept { return lr_.load(); }
+  // The rate that the next update will use. Throws what the schedule throws.
+  double lr() const { return rate_at("lr", step_); }
+  // From the next update on, for all who use the group. Not stored: a new open begins with the optimizer's rate.
   void set_lr(double lr);
+  void set_lr(std::shared_ptr<const Schedule> schedule);
 
   // Fills `out` for every key. With `insert`, keys without a row get one (a training lookup), and the batch comes back
   // for the backward pass. Without, nothing is stored, counted or evicted; unknown keys read as their first weights, or
@@ -78,8 +82,11 @@ class Table {
   // One optimizer step: the gradients of all parts summed per key in order of appearance. Keys without a row get one.
   // `lr` overrides the rate for this step. NaN or infinity: std::invalid_argument names the first key, nothing is
   // applied.
+  // The schedule is asked once for each update, in the order of the steps, for the step the update gets: with the order
+  // lock held, on the caller's thread. When it throws, or gives what is no rate, nothing is applied.
   void apply_gradients(std::span<const Part> parts, std::optional<double> lr);
-  // The same for several tables: every table's arguments and sums are checked before any table changes.
+  // The same for several tables of one storage, as one operation after the other with no other in between: every
+  // table's arguments, sums and rate are checked before any table changes.
   struct Update {
     Table* table;
     std::vector<Part> parts;
@@ -109,7 +116,9 @@ class Table {
     std::unique_ptr<float[]> gradients;   // [rows, dimension]
   };
   Sums sum(std::span<const Part> parts) const;
-  void apply_sums(const Batch& batch, const float* sums, std::optional<double> lr);
+  double rate_at(const char* operation, uint64_t step) const;
+  // The order lock is held; `keys` are those of the batch's rows. Returns the operation's sequence number.
+  uint64_t apply_sums(const Batch& batch, std::span<const uint64_t> keys, const float* sums, double lr);
   std::vector<uint32_t> missing_rows(const Batch& batch) const;  // rows that exist nowhere
   void redo_apply(uint64_t sequence, const ApplyRecord& record, const std::string& source, uint64_t offset);
   void redo_insert(uint64_t sequence, const KeysRecord& record);
@@ -119,7 +128,8 @@ class Table {
   TableShape shape_;
   std::atomic<uint64_t> rows_{0};  // written under the order lock
   std::atomic<uint64_t> step_{0};
-  std::atomic<double> lr_;
+  mutable std::mutex schedule_mutex_;  // protects the pointer, for a moment: a schedule is asked without it
+  std::shared_ptr<const Schedule> schedule_;
   bool in_use_ = false;  // some Embedding of this process has it; order lock
 
   // The last training lookup, for an apply_gradients of the same keys: saves finding repeats and rows again.

@@ -31,6 +31,16 @@ from damo_embedding.initializers import (
     Zeros,
 )
 from damo_embedding.optimizers import SGD, Adagrad, Adam, Optimizer
+from damo_embedding.schedules import (
+    CosineDecay,
+    ExponentialDecay,
+    InverseTimeDecay,
+    LinearCosineDecay,
+    LinearWarmup,
+    NaturalExponentialDecay,
+    PolynomialDecay,
+    Schedule,
+)
 from damo_embedding.storage import Storage
 
 __version__ = "0.1.0"
@@ -43,17 +53,25 @@ __all__ = [
     "ClosedError",
     "Constant",
     "CorruptionError",
+    "CosineDecay",
     "DamoError",
     "Embedding",
+    "ExponentialDecay",
     "ForkedHandleError",
     "Initializer",
+    "InverseTimeDecay",
     "KaimingNormal",
     "KaimingUniform",
+    "LinearCosineDecay",
+    "LinearWarmup",
+    "NaturalExponentialDecay",
     "Normal",
     "Ones",
     "Optimizer",
+    "PolynomialDecay",
     "RowInfo",
     "Rows",
+    "Schedule",
     "SchemaMismatchError",
     "Storage",
     "StorageError",

@@ -3,14 +3,15 @@
 
 An optimizer here is a description, a frozen dataclass with `torch.optim`'s names. The core keeps the state
 beside each row and does the arithmetic, in float32, on the rows a batch touched and on no others.
-docs/optimizers.md has the formulas to the last rounding.
+docs/optimizers.md has the formulas to the last rounding. A rate may be a schedule: see schedules.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
+from damo_embedding.schedules import LearningRate, _base_lr, _learning_rate
 from damo_embedding.settings import _BELOW_ONE, _MAX_FLOAT, _MIN_FLOAT, Described, _number
 
 __all__ = ["SGD", "Adagrad", "Adam", "Optimizer"]
@@ -21,7 +22,14 @@ BiasCorrection = Literal["row", "global"]
 class Optimizer(Described):
     """What the optimizers of this module have in common. Take one of them; this class is for `isinstance`."""
 
-    lr: float
+    lr: LearningRate
+
+    def _take_lr(self) -> None:
+        object.__setattr__(self, "lr", _learning_rate(type(self).__name__, "lr", self.lr))
+
+    def _settings(self) -> dict[str, float]:
+        """What the core takes: of a schedule the rate it starts from, of a function of the step the default."""
+        return {**super()._settings(), "lr": _base_lr(self.lr, otherwise=cast(float, type(self).lr))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +39,7 @@ class SGD(Optimizer):
     The formula of `torch.optim.SGD` without momentum. `weight_decay` acts when a row is updated, not between.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         weight_decay: L2 penalty, at least 0, added to the gradient.
 
     State: none, 0 bytes a row.
@@ -42,11 +50,11 @@ class SGD(Optimizer):
     """
 
     name: ClassVar[str] = "sgd"
-    lr: float = 1e-3
+    lr: LearningRate = 1e-3
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take_lr()
         self._take("weight_decay", 0.0, _MAX_FLOAT)
 
 
@@ -58,7 +66,7 @@ class Adagrad(Optimizer):
     seen, so a rare row goes on taking large steps.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         eps: added to the root, above 0 (torch takes 0 as well, and makes NaN of a gradient that is 0).
         weight_decay: L2 penalty, at least 0, added to the gradient.
         initial_accumulator_value: what `sum` starts from, at least 0.
@@ -74,13 +82,13 @@ class Adagrad(Optimizer):
     """
 
     name: ClassVar[str] = "adagrad"
-    lr: float = 1e-2
+    lr: LearningRate = 1e-2
     eps: float = 1e-10
     weight_decay: float = 0.0
     initial_accumulator_value: float = 0.0
 
     def __post_init__(self) -> None:
-        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take_lr()
         self._take("eps", _MIN_FLOAT, _MAX_FLOAT)
         self._take("weight_decay", 0.0, _MAX_FLOAT)
         self._take("initial_accumulator_value", 0.0, _MAX_FLOAT)
@@ -105,7 +113,7 @@ class Adam(Optimizer):
     without a gradient does not move in either.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         betas: how much of the averages of g and g**2 an update keeps, each in [0, 1).
         eps: added to the root, above 0 (`torch.optim.Adam` takes 0 as well, and makes NaN of a gradient that
             is 0).
@@ -122,14 +130,14 @@ class Adam(Optimizer):
     """
 
     name: ClassVar[str] = "adam"
-    lr: float = 1e-3
+    lr: LearningRate = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     bias_correction: BiasCorrection = "row"
 
     def __post_init__(self) -> None:
-        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take_lr()
         self._take("eps", _MIN_FLOAT, _MAX_FLOAT)
         self._take("weight_decay", 0.0, _MAX_FLOAT)
         betas: object = self.betas
@@ -146,11 +154,7 @@ class Adam(Optimizer):
             raise ValueError(f'[Adam] bias_correction is {mode!r}, expected "row" or "global"')
 
     def _settings(self) -> dict[str, float]:
-        return {
-            "lr": self.lr,
-            "beta1": self.betas[0],
-            "beta2": self.betas[1],
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-            "bias_correction": float(get_args(BiasCorrection).index(self.bias_correction)),
-        }
+        settings = super()._settings()
+        del settings["betas"]
+        mode = float(get_args(BiasCorrection).index(self.bias_correction))
+        return {**settings, "beta1": self.betas[0], "beta2": self.betas[1], "bias_correction": mode}

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from damo_embedding import _core
+from damo_embedding.rates import Rates
 
 __all__ = ["Storage"]
 
@@ -106,6 +107,7 @@ class Storage:
         log_bytes: int | str | None = None,
     ) -> None:
         self._core = self._open(path, "open_or_create", memory, durability, threads, log_bytes)
+        self._rates = Rates()
 
     @staticmethod
     def _options(
@@ -145,6 +147,7 @@ class Storage:
     def _wrap(cls, core: _core.Storage) -> Self:
         storage = cls.__new__(cls)
         storage._core = core
+        storage._rates = Rates()
         return storage
 
     @classmethod

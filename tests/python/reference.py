@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: optimizers, initializers and a table in plain NumPy.
+"""The oracle: optimizers, schedules, initializers and a table in plain NumPy.
 
-Written from docs/optimizers.md and docs/initializers.md; shares no code with the core and imports nothing
-of the package. Float32 steps are done in the documented order, so results can be compared bit for bit.
+Written from docs/optimizers.md, docs/schedules.md and docs/initializers.md; shares no code with the core and
+imports nothing of the package. Float32 steps are done in the documented order, so results can be compared bit
+for bit; rates are doubles of `math`.
 
 - `optimizer(name, settings)` / `initializer(name, settings)`: by the names and settings of the core.
+- `SCHEDULES`: by the names of the core, a function of the step and the settings.
 - `ReferenceTable`: one group as a dict of rows, the model beside Storage + Embedding.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -185,6 +187,56 @@ OPTIMIZERS: dict[str, type[ReferenceOptimizer]] = {
 
 def optimizer(name: str, settings: Mapping[str, float]) -> ReferenceOptimizer:
     return OPTIMIZERS[name](settings)
+
+
+# --------------------------------------------------------------- schedules
+
+
+def exponential_decay(step: int, lr: float, decay_steps: int, decay_rate: float) -> float:
+    return float(lr * decay_rate ** (step / decay_steps))
+
+
+def polynomial_decay(step: int, lr: float, decay_steps: int, end_lr: float = 1e-4, power: float = 1.0) -> float:
+    left = 1 - min(step, decay_steps) / decay_steps
+    return float((lr - end_lr) * left**power + end_lr)
+
+
+def natural_exponential_decay(step: int, lr: float, decay_steps: int, decay_rate: float) -> float:
+    return lr * math.exp(-decay_rate * step / decay_steps)
+
+
+def inverse_time_decay(step: int, lr: float, decay_steps: int, decay_rate: float) -> float:
+    return lr / (1 + decay_rate * step / decay_steps)
+
+
+def cosine_decay(step: int, lr: float, decay_steps: int) -> float:
+    return lr * 0.5 * (1 + math.cos(math.pi * min(step, decay_steps) / decay_steps))
+
+
+def linear_cosine_decay(
+    step: int, lr: float, decay_steps: int, num_periods: float = 0.5, alpha: float = 0.0, beta: float = 1e-3
+) -> float:
+    done = min(step, decay_steps)
+    cosine = 0.5 * (1 + math.cos(2 * math.pi * num_periods * done / decay_steps))
+    return lr * ((alpha + (decay_steps - done) / decay_steps) * cosine + beta)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "constant": lambda step, lr: lr,
+    "exponential_decay": exponential_decay,
+    "polynomial_decay": polynomial_decay,
+    "natural_exponential_decay": natural_exponential_decay,
+    "inverse_time_decay": inverse_time_decay,
+    "cosine_decay": cosine_decay,
+    "linear_cosine_decay": linear_cosine_decay,
+}
+
+
+def linear_warmup(step: int, warmup_steps: int, then: Callable[[int], float], start_lr: float = 0.0) -> float:
+    """`then` is a function of its own steps, which begin when the warm-up is over."""
+    if step >= warmup_steps:
+        return then(step - warmup_steps)
+    return start_lr + (then(0) - start_lr) * step / warmup_steps
 
 
 # ---------------------------------------------------------- random numbers
@@ -463,7 +515,7 @@ class ReferenceTable:
         self.dimension = dimension
         self.seed = seed
         self.stream = stream  # the group's number, or the hash of its name
-        self.lr = self.optimizer.lr
+        self.lr: float | Callable[[int], float] = self.optimizer.lr  # a function of the step before the update
         self.step = 0
         self.now = 0
         self.rows: dict[int, ReferenceRow] = {}
@@ -510,6 +562,9 @@ class ReferenceTable:
             else:
                 sums[key] = gradient.copy()
         self._insert(list(sums))
+        rate = self.lr if lr is None else lr
+        if callable(rate):
+            rate = rate(self.step)
         self.step += 1
         touched = [self.rows[key] for key in sums]
         weights = np.stack([row.weights for row in touched])
@@ -522,7 +577,7 @@ class ReferenceTable:
             weights,
             state,
             np.stack(list(sums.values())),
-            lr=self.lr if lr is None else lr,
+            lr=rate,
             group_step=self.step,
             update_counts=[row.update_count for row in touched],
         )

@@ -317,7 +317,10 @@ def test_numbers_of_any_kind_become_floats() -> None:
 
 
 FLOAT_FIELDS = [
-    (cls, field.name) for cls in CLASSES.values() for field in dataclasses.fields(cls) if field.type == "float"
+    (cls, field.name)
+    for cls in CLASSES.values()
+    for field in dataclasses.fields(cls)
+    if field.type in ("float", "LearningRate")
 ]
 
 
@@ -331,7 +334,8 @@ def test_numbers_out_of_range_are_named_with_the_range(cls: Any, field: str, val
 @pytest.mark.parametrize(("cls", "field"), FLOAT_FIELDS)
 @pytest.mark.parametrize("value", ["0.1", True, np.True_, None, 1j, Decimal("0.1"), [0.1], np.zeros(1)])
 def test_what_is_not_a_number_is_a_type_error(cls: Any, field: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=rf"^\[{cls.__name__}\] {field} is .*, expected a number$"):
+    expected = "a number, a schedule or a function of the step" if field == "lr" else "a number"
+    with pytest.raises(TypeError, match=rf"^\[{cls.__name__}\] {field} is .*, expected {expected}$"):
         cls(**{field: value})
 
 
