@@ -8,6 +8,7 @@ namespace nb = nanobind;
 void bind_errors(nb::module_& m);
 void bind_hash_keys(nb::module_& m);
 void bind_optimizers(nb::module_& m);
+void bind_schedules(nb::module_& m);
 void bind_storage(nb::module_& m);
 void bind_table(nb::module_& m);
 
@@ -18,6 +19,7 @@ NB_MODULE(_core, m) {
   bind_errors(m);
   bind_hash_keys(m);
   bind_optimizers(m);
+  bind_schedules(m);
   bind_table(m);
   bind_storage(m);
 }

@@ -188,7 +188,7 @@ void bind_storage(nb::module_& m) {
           "items"_a,
           nb::sig(
               "def backward_many(self, items: list[tuple[Table, list[tuple[Batch, object]], float | None]]) -> None"),
-          "One optimizer step per table; when any gradient is not finite, of none.")
+          "One optimizer step per table; of none when a gradient is not finite or a schedule gives no rate.")
       .def(
           "commit",
           [](Storage& storage, int64_t step, const nb::bytes& extra) {

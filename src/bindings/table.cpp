@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "arrays.h"
+#include "schedules.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -85,6 +86,7 @@ void bind_table(nb::module_& m) {
 
   nb::class_<Table>(m, "Table", "One group's rows.")
       .def_prop_ro("group", [](const Table& table) { return table.spec().group; })
+      .def_prop_ro("table_id", [](const Table& table) { return table.spec().table_id; })
       .def_prop_ro("name", [](const Table& table) { return table.spec().name; })
       .def_prop_ro("dimension", [](const Table& table) { return table.spec().dimension; })
       .def_prop_ro("seed", [](const Table& table) { return table.spec().seed; })
@@ -94,7 +96,10 @@ void bind_table(nb::module_& m) {
                    [](const Table& table) {
                      return std::pair(static_cast<uint32_t>(table.spec().lifetime.unit), table.spec().lifetime.ttl);
                    })
-      .def_prop_rw("lr", &Table::lr, &Table::set_lr)
+      .def_prop_ro("lr", &Table::lr)
+      .def(
+          "set_rate", [](Table& table, const Rate& rate) { table.set_lr(rate.schedule); }, "rate"_a,
+          "From the next update on. Whoever calls it keeps the rate.")
       .def("__len__", &Table::size, nb::call_guard<nb::gil_scoped_release>())
       .def("forward", &forward, "keys"_a.noconvert(), "out"_a.noconvert(), "insert"_a, "zeros"_a,
            "padding"_a.none() = nb::none(),

@@ -43,6 +43,23 @@ double horner(const std::array<double, N>& coefficients, double x) noexcept {
   return value;
 }
 
+void fill_uniform(float low, float high, uint64_t seed, uint64_t stream, uint64_t key,
+                  std::span<float> weights) noexcept {
+  const double from = low, range = static_cast<double>(high) - from;
+  const float before_high = std::nextafter(high, low);
+  fill_from_words(seed, stream, key, weights, [&](uint32_t word) noexcept {
+    const auto weight = static_cast<float>(from + range * (static_cast<double>(word) * 0x1p-32));
+    return weight < high ? weight : before_high;
+  });
+}
+
+void fill_normal(double mean, double std, uint64_t seed, uint64_t stream, uint64_t key,
+                 std::span<float> weights) noexcept {
+  fill_from_words(seed, stream, key, weights, [&](uint32_t word) noexcept {
+    return static_cast<float>(mean + std * inverse_normal_cdf(open_unit(word)));
+  });
+}
+
 // ------------------------------------------------------------ the list's entries
 
 class Constant : public Initializer {
@@ -64,26 +81,17 @@ class Constant : public Initializer {
 class Uniform final : public Initializer {
  public:
   Uniform(double low, double high)
-      : settings_{{"low", low}, {"high", high}},
-        low_(static_cast<float>(low)),
-        high_(static_cast<float>(high)),
-        before_high_(std::nextafter(high_, low_)) {}
+      : settings_{{"low", low}, {"high", high}}, low_(static_cast<float>(low)), high_(static_cast<float>(high)) {}
   std::string_view name() const noexcept override { return "uniform"; }
   Settings settings() const override { return settings_; }
   void fill(uint64_t seed, uint64_t stream, uint64_t key, std::span<float> weights) const noexcept override {
-    const double low = low_;
-    const double range = static_cast<double>(high_) - low;
-    fill_from_words(seed, stream, key, weights, [&](uint32_t word) noexcept {
-      const auto weight = static_cast<float>(low + range * (static_cast<double>(word) * 0x1p-32));
-      return weight < high_ ? weight : before_high_;
-    });
+    fill_uniform(low_, high_, seed, stream, key, weights);
   }
 
  private:
   Settings settings_;
   float low_;
   float high_;
-  float before_high_;
 };
 
 class Normal final : public Initializer {
@@ -92,9 +100,7 @@ class Normal final : public Initializer {
   std::string_view name() const noexcept override { return "normal"; }
   Settings settings() const override { return {{"mean", mean_}, {"std", std_}}; }
   void fill(uint64_t seed, uint64_t stream, uint64_t key, std::span<float> weights) const noexcept override {
-    fill_from_words(seed, stream, key, weights, [&](uint32_t word) noexcept {
-      return static_cast<float>(mean_ + std_ * inverse_normal_cdf(open_unit(word)));
-    });
+    fill_normal(mean_, std_, seed, stream, key, weights);
   }
 
  private:
@@ -120,6 +126,49 @@ class TruncatedNormal final : public Initializer {
  private:
   double mean_;
   double std_;
+};
+
+// Weights whose spread follows the row's dimension: gain * sqrt(square / (shrink * dimension)).
+struct Spread {
+  double gain;
+  double square;
+  double shrink;
+  double at(size_t dimension) const noexcept {
+    return gain * std::sqrt(square / (shrink * static_cast<double>(dimension)));
+  }
+};
+
+class SpreadUniform final : public Initializer {  // within the spread
+ public:
+  SpreadUniform(std::string_view name, const Spread& bound, Settings settings)
+      : name_(name), bound_(bound), settings_(std::move(settings)) {}
+  std::string_view name() const noexcept override { return name_; }
+  Settings settings() const override { return settings_; }
+  void fill(uint64_t seed, uint64_t stream, uint64_t key, std::span<float> weights) const noexcept override {
+    const auto bound = static_cast<float>(bound_.at(weights.size()));
+    fill_uniform(-bound, bound, seed, stream, key, weights);
+  }
+
+ private:
+  std::string_view name_;
+  Spread bound_;
+  Settings settings_;
+};
+
+class SpreadNormal final : public Initializer {  // the spread is the standard deviation
+ public:
+  SpreadNormal(std::string_view name, const Spread& std, Settings settings)
+      : name_(name), std_(std), settings_(std::move(settings)) {}
+  std::string_view name() const noexcept override { return name_; }
+  Settings settings() const override { return settings_; }
+  void fill(uint64_t seed, uint64_t stream, uint64_t key, std::span<float> weights) const noexcept override {
+    fill_normal(0.0, std_.at(weights.size()), seed, stream, key, weights);
+  }
+
+ private:
+  std::string_view name_;
+  Spread std_;
+  Settings settings_;
 };
 
 using Made = std::unique_ptr<Initializer>;
@@ -150,6 +199,28 @@ Made make_normal(SettingsReader& reader) {
   return std::make_unique<Distribution>(mean, std);
 }
 
+template <class Distribution>
+Made make_xavier(std::string_view name, double square, SettingsReader& reader) {
+  const double gain = reader.number("gain", 1.0, kMinNormalFloat, kMaxNormal);
+  return std::make_unique<Distribution>(name, Spread{gain, square, 1.0}, Settings{{"gain", gain}});
+}
+
+template <class Distribution>
+Made make_kaiming(std::string_view name, double square, SettingsReader& reader) {
+  const double a = reader.number("a", 0.0, 0.0, kMaxNormal);
+  return std::make_unique<Distribution>(name, Spread{1.0, square, 1.0 + a * a}, Settings{{"a", a}});
+}
+
+Made make_xavier_uniform(SettingsReader& reader) { return make_xavier<SpreadUniform>("xavier_uniform", 6.0, reader); }
+
+Made make_xavier_normal(SettingsReader& reader) { return make_xavier<SpreadNormal>("xavier_normal", 2.0, reader); }
+
+Made make_kaiming_uniform(SettingsReader& reader) {
+  return make_kaiming<SpreadUniform>("kaiming_uniform", 6.0, reader);
+}
+
+Made make_kaiming_normal(SettingsReader& reader) { return make_kaiming<SpreadNormal>("kaiming_normal", 2.0, reader); }
+
 struct Entry {
   std::string_view name;
   Made (*make)(SettingsReader&);
@@ -157,9 +228,16 @@ struct Entry {
 
 // Every initializer there is. Names are part of the persistent format: add, never change.
 constexpr Entry kInitializers[] = {
-    {"zeros", make_zeros},           {"ones", make_ones},
-    {"constant", make_constant},     {"uniform", make_uniform},
-    {"normal", make_normal<Normal>}, {"truncated_normal", make_normal<TruncatedNormal>},
+    {"zeros", make_zeros},
+    {"ones", make_ones},
+    {"constant", make_constant},
+    {"uniform", make_uniform},
+    {"normal", make_normal<Normal>},
+    {"truncated_normal", make_normal<TruncatedNormal>},
+    {"xavier_uniform", make_xavier_uniform},
+    {"xavier_normal", make_xavier_normal},
+    {"kaiming_uniform", make_kaiming_uniform},
+    {"kaiming_normal", make_kaiming_normal},
 };
 
 }  // namespace

@@ -19,7 +19,11 @@
 //   truncated_normal   mean + std * z, z = inverse_normal_cdf(P + Q * ((w + 0.5) * 2^-32)) clamped to [-2, 2],
 //                      P = 0.02275013194817921 and Q = 0.9544997361036416 the normal mass below -2 and in [-2, 2]:
 //                      the distribution of "redraw what is beyond 2 std", without redrawing
-// One word a weight: a row of a smaller dimension is the start of a larger one.
+//   xavier_uniform     uniform with high = gain * sqrt(6 / dimension), low = -high
+//   xavier_normal      normal with std = gain * sqrt(2 / dimension), mean = 0
+//   kaiming_uniform    uniform with high = sqrt(6 / ((1 + a * a) * dimension)), low = -high
+//   kaiming_normal     normal with std = sqrt(2 / ((1 + a * a) * dimension)), mean = 0
+// One word a weight: a row of a smaller dimension is the start of a larger one, but for the scale of the last four.
 #pragma once
 
 #include <cstdint>

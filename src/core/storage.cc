@@ -35,6 +35,8 @@ struct Budget {
   size_t cache, write, scratch, presence, rows;
 };
 
+thread_local bool asking_for_rates = false;
+
 size_t default_threads() { return std::max(1u, std::thread::hardware_concurrency()); }
 
 }  // namespace
@@ -43,10 +45,22 @@ size_t default_threads() { return std::max(1u, std::thread::hardware_concurrency
 
 Storage::Use::Use(const Storage& storage, const char* operation) {
   storage.check_process(operation);
+  AskingForRates::check(operation);
   open_ = std::shared_lock(storage.life_);
   if (storage.closed_)
     throw ClosedError(std::string("[") + operation + "] the storage " + storage.path_.string() +
                       " is closed: open it again with Storage(path)");
+}
+
+Storage::AskingForRates::AskingForRates() noexcept { asking_for_rates = true; }
+
+Storage::AskingForRates::~AskingForRates() { asking_for_rates = false; }
+
+void Storage::AskingForRates::check(const char* operation) {
+  if (asking_for_rates)
+    throw std::invalid_argument(std::string("[") + operation +
+                                "] called by a learning-rate schedule, while an update waits for its rate: a schedule"
+                                " makes the rate from the step alone");
 }
 
 bool Storage::is_forked() const noexcept { return getpid() != process_; }
@@ -73,6 +87,14 @@ std::unique_lock<std::mutex> Storage::begin_operation() {
   // Between operations, when the counts agree with the log's last record: a segment starts with them.
   if (log_->should_rotate()) log_->rotate(encode_counters(counters()));
   return order;
+}
+
+void Storage::next_operation() {
+  // The order lock stays: an open cut has given it back and gets on without it. Cutting the log needs it to begin, so
+  // that is not waited for here.
+  tiers_->wait_for_cut_memory();
+  check_writable();
+  if (log_->should_rotate()) log_->rotate(encode_counters(counters()));
 }
 
 uint64_t Storage::append(RecordType type, std::span<const Bytes> parts) {
@@ -233,7 +255,7 @@ Storage::~Storage() {
     return;
   }
   try {
-    close();
+    close_now();
   } catch (...) {
     // What could not be written is in the log.
   }
@@ -254,6 +276,12 @@ void Storage::stop_threads() noexcept {
 }
 
 void Storage::close() {
+  AskingForRates::check("close");
+  close_now();
+}
+
+// Also of a storage that goes away while a schedule of another one is asked.
+void Storage::close_now() {
   if (closed_) return;
   check_process("close");
   {

@@ -152,11 +152,22 @@ class Storage {
    private:
     std::shared_lock<std::shared_mutex> open_;
   };
+  // While schedules are asked for rates, which may run a caller's code under the order lock: a call from there to this
+  // or any other storage would wait for a lock that its own thread holds, so it is refused instead.
+  class AskingForRates {
+   public:
+    AskingForRates() noexcept;
+    ~AskingForRates();
+    AskingForRates(const AskingForRates&) = delete;
+    AskingForRates& operator=(const AskingForRates&) = delete;
+    static void check(const char* operation);  // std::invalid_argument in a call from there
+  };
   bool is_forked() const noexcept;
   void check_process(const char* operation) const;
   void check_writable() const;
   // The order lock, once the log has room and an open cut has memory.
   std::unique_lock<std::mutex> begin_operation();
+  void next_operation();  // the same for a further one under the same lock; it does not wait for room in the log
   // Appends a record; the order lock is held.
   uint64_t append(RecordType type, std::span<const Bytes> parts);
   void after_operation(uint64_t sequence);  // no lock held: in mode durable, waits for the sync
@@ -199,6 +210,7 @@ class Storage {
   void prefetch_loop();
   void prefetch(Table& table, std::vector<uint64_t> keys);
   void stop_threads() noexcept;
+  void close_now();
 
   std::filesystem::path path_;
   std::unique_ptr<StorageDirectory> directory_;

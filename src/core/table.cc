@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <numeric>
 #include <stdexcept>
 
@@ -63,13 +64,14 @@ void Table::set_counters(const TableCounters& counters) {
   counts_fit_ = counters.lifetime == spec().lifetime;
 }
 
-Table::Table(Storage& storage, TableSpec spec)
-    : storage_(storage), shape_(std::move(spec)), lr_(shape_.optimizer->lr()) {}
+Table::Table(Storage& storage, TableSpec spec) : storage_(storage), shape_(std::move(spec)) {
+  set_lr(shape_.optimizer->lr());
+}
 
 void Table::adopt(const TableSpec& wanted) {
   shape_.spec.optimizer_settings = wanted.optimizer_settings;
   shape_.optimizer = make_optimizer(shape_.spec.optimizer, shape_.spec.optimizer_settings);
-  lr_.store(shape_.optimizer->lr());
+  set_lr(shape_.optimizer->lr());
 }
 
 void Table::adopt(const Lifetime& lifetime, bool own, AgeCounts counts) {
@@ -80,7 +82,26 @@ void Table::adopt(const Lifetime& lifetime, bool own, AgeCounts counts) {
   counts_fit_ = true;
 }
 
-void Table::set_lr(double lr) { lr_.store(check_lr("lr", lr)); }
+void Table::set_lr(double lr) { set_lr(make_schedule("constant", {{"lr", check_lr("lr", lr)}})); }
+
+void Table::set_lr(std::shared_ptr<const Schedule> schedule) {
+  // The old one goes at the end of the call, not under the lock: what goes with it is the caller's.
+  const std::lock_guard lock(schedule_mutex_);
+  schedule_.swap(schedule);
+}
+
+double Table::rate_at(const char* operation, uint64_t step) const {
+  std::shared_ptr<const Schedule> schedule;
+  {
+    const std::lock_guard lock(schedule_mutex_);
+    schedule = schedule_;
+  }
+  const double lr = schedule->rate(step);
+  if (lr >= 0.0 && lr <= kMaxFloat) return lr;
+  throw std::invalid_argument(std::string("[") + operation + "] the schedule of " + spec().label() + " gives " +
+                              format_number(lr) + " for step " + std::to_string(step) + ", expected a number in [0, " +
+                              format_number(kMaxFloat) + "]: give another one, or set lr to a number");
+}
 
 // ------------------------------------------------------------------ lookup
 
@@ -210,11 +231,16 @@ void Table::apply_gradients(std::span<const Part> parts, std::optional<double> l
 }
 
 void Table::apply_gradients(std::span<const Update> updates) {
+  if (updates.empty()) return;
+  Storage& storage = updates[0].table->storage_;
+  const Storage::Use use(storage, "apply_gradients");
   std::vector<Sums> sums;
   for (const Update& update : updates) {
     const Table& table = *update.table;
-    const Storage::Use use(table.storage_, "apply_gradients");
     table.check_exists("apply_gradients");
+    if (&table.storage_ != &storage)
+      throw std::invalid_argument("[apply_gradients] " + table.spec().label() + " is of another storage than " +
+                                  updates[0].table->spec().label() + ": make one call for each storage");
     if (update.lr) check_lr("apply_gradients", *update.lr);
     sums.push_back(table.sum(update.parts));
     const Batch& batch = *sums.back().batch;
@@ -225,11 +251,41 @@ void Table::apply_gradients(std::span<const Update> updates) {
                                   std::to_string(unmix_key(batch.mixed[*bad])) + " of " + table.spec().label() +
                                   " is NaN or infinite: nothing was applied. Look at the loss, or clip the gradients");
   }
+  // An empty batch is no step, and its schedule is not asked.
+  struct Step {
+    Table* table;
+    const Sums* sums;
+    std::vector<uint64_t> keys;
+    std::optional<double> lr;
+  };
+  std::vector<Step> steps;
   for (size_t u = 0; u < updates.size(); ++u) {
-    if (sums[u].batch->num_rows() == 0) continue;
-    const Storage::Use use(updates[u].table->storage_, "apply_gradients");
-    updates[u].table->apply_sums(*sums[u].batch, sums[u].gradients.get(), updates[u].lr);
+    const Batch& batch = *sums[u].batch;
+    if (batch.num_rows() == 0) continue;
+    std::vector<uint64_t> keys(batch.num_rows());
+    std::transform(batch.mixed.begin(), batch.mixed.end(), keys.begin(), unmix_key);
+    steps.push_back({updates[u].table, &sums[u], std::move(keys), updates[u].lr});
   }
+  if (steps.empty()) return;
+  uint64_t sequence = 0;
+  {
+    const std::unique_lock order = storage.begin_operation();
+    {
+      // All of them before any table changes.
+      const Storage::AskingForRates asking;
+      std::map<const Table*, uint64_t> earlier;  // updates of a table in this call, before this one
+      for (Step& step : steps) {
+        step.table->check_exists("apply_gradients");
+        const uint64_t number = step.table->step_ + earlier[step.table]++;
+        if (!step.lr) step.lr = step.table->rate_at("apply_gradients", number);
+      }
+    }
+    for (Step& step : steps) {
+      if (&step != steps.data()) storage.next_operation();
+      sequence = step.table->apply_sums(*step.sums->batch, step.keys, step.sums->gradients.get(), *step.lr);
+    }
+  }
+  storage.after_operation(sequence);
 }
 
 Table::Sums Table::sum(std::span<const Part> parts) const {
@@ -283,7 +339,10 @@ uint64_t Table::rows_at(int64_t now) const {
 }
 
 uint64_t Table::size() const {
-  const Storage::Use use(storage_, "len");
+  // Counts alone: nothing of it needs the storage's files, so that a schedule may ask, too.
+  storage_.check_process("len");
+  if (storage_.closed())
+    throw ClosedError("[len] the storage " + storage_.path().string() + " is closed: open it again with Storage(path)");
   check_exists("len");
   return rows_at(storage_.read_clock());
 }
@@ -394,44 +453,38 @@ void Table::operate(const Batch& batch, std::span<const uint32_t> rows, const Ex
   }
 }
 
-void Table::apply_sums(const Batch& batch, const float* sums, std::optional<double> lr) {
+uint64_t Table::apply_sums(const Batch& batch, std::span<const uint64_t> keys, const float* sums, double lr) {
   Tiers& tiers = *storage_.tiers_;
   const std::vector<uint32_t> rows = all_rows(batch);
-  std::vector<uint64_t> keys(rows.size());
-  for (const uint32_t r : rows) keys[r] = unmix_key(batch.mixed[r]);
-
   uint64_t sequence = 0;
-  {
-    const std::unique_lock order = storage_.begin_operation();
-    ApplyRecord record;
-    record.table_id = spec().table_id;
-    record.optimizer_id = optimizer().id();
-    record.kernel_version = optimizer().kernel_version();
-    record.dimension = spec().dimension;
-    record.group_step = step_ + 1;
-    record.time = storage_.tick();
-    record.numbers = optimizer().numbers(lr.value_or(lr_), record.group_step);
-    record.keys = keys;
-    const Operation operation{
-        .create = true,
-        .log =
-            [&](AgeEffect& effect) {
-              record.ages = effect;
-              const std::string prefix = encode_apply_prefix(record);
-              const std::array<Bytes, 3> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(keys)),
-                                               std::as_bytes(std::span(sums, rows.size() * spec().dimension))};
-              sequence = storage_.append(RecordType::kApply, parts);
-              step_ = record.group_step;
-            },
-        .change =
-            [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
-              tiers.create_rows(shape_, batch, prepared, sequence, record.group_step, record.time);
-              tiers.apply(shape_, batch, part, prepared, optimizer(), record.numbers, sums, sequence, record.group_step,
-                          record.time);
-            }};
-    operate(batch, rows, expiry_at(record.time), mark(record.time, record.group_step), operation);
-  }
-  storage_.after_operation(sequence);
+  ApplyRecord record;
+  record.table_id = spec().table_id;
+  record.optimizer_id = optimizer().id();
+  record.kernel_version = optimizer().kernel_version();
+  record.dimension = spec().dimension;
+  record.group_step = step_ + 1;
+  record.time = storage_.tick();
+  record.numbers = optimizer().numbers(lr, record.group_step);
+  record.keys = keys;
+  const Operation operation{.create = true,
+                            .log =
+                                [&](AgeEffect& effect) {
+                                  record.ages = effect;
+                                  const std::string prefix = encode_apply_prefix(record);
+                                  const std::array<Bytes, 3> parts{
+                                      std::as_bytes(std::span(prefix)), std::as_bytes(keys),
+                                      std::as_bytes(std::span(sums, rows.size() * spec().dimension))};
+                                  sequence = storage_.append(RecordType::kApply, parts);
+                                  step_ = record.group_step;
+                                },
+                            .change =
+                                [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
+                                  tiers.create_rows(shape_, batch, prepared, sequence, record.group_step, record.time);
+                                  tiers.apply(shape_, batch, part, prepared, optimizer(), record.numbers, sums,
+                                              sequence, record.group_step, record.time);
+                                }};
+  operate(batch, rows, expiry_at(record.time), mark(record.time, record.group_step), operation);
+  return sequence;
 }
 
 // ------------------------------------------------------------ other verbs

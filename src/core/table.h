@@ -19,6 +19,7 @@
 #include "batch.h"
 #include "format.h"
 #include "lifetime.h"
+#include "schedule.h"
 #include "store.h"
 #include "table_spec.h"
 
@@ -65,8 +66,11 @@ class Table {
   uint64_t size() const;                                              // rows that have not expired by now
   uint64_t step() const noexcept { return step_.load(); }             // applied updates
   size_t num_floats() const noexcept { return shape_.num_floats(); }  // weights and state of a row
-  double lr() const noexcept { return lr_.load(); }
+  // The rate that the next update will use. Throws what the schedule throws.
+  double lr() const { return rate_at("lr", step_); }
+  // From the next update on, for all who use the group. Not stored: a new open begins with the optimizer's rate.
   void set_lr(double lr);
+  void set_lr(std::shared_ptr<const Schedule> schedule);
 
   // Fills `out` for every key. With `insert`, keys without a row get one (a training lookup), and the batch comes back
   // for the backward pass. Without, nothing is stored, counted or evicted; unknown keys read as their first weights, or
@@ -81,8 +85,11 @@ class Table {
   // One optimizer step: the gradients of all parts summed per key in order of appearance. Keys without a row get one.
   // `lr` overrides the rate for this step. NaN or infinity: std::invalid_argument names the first key, nothing is
   // applied.
+  // The schedule is asked once for each update, in the order of the steps, for the step the update gets: with the order
+  // lock held, on the caller's thread. When it throws, or gives what is no rate, nothing is applied.
   void apply_gradients(std::span<const Part> parts, std::optional<double> lr);
-  // The same for several tables: every table's arguments and sums are checked before any table changes.
+  // The same for several tables of one storage, as one operation after the other with no other in between: every
+  // table's arguments, sums and rate are checked before any table changes.
   struct Update {
     Table* table;
     std::vector<Part> parts;
@@ -128,7 +135,9 @@ class Table {
     std::unique_ptr<float[]> gradients;   // [rows, dimension]
   };
   Sums sum(std::span<const Part> parts) const;
-  void apply_sums(const Batch& batch, const float* sums, std::optional<double> lr);
+  double rate_at(const char* operation, uint64_t step) const;
+  // The order lock is held; `keys` are those of the batch's rows. Returns the operation's sequence number.
+  uint64_t apply_sums(const Batch& batch, std::span<const uint64_t> keys, const float* sums, double lr);
   Expiry expiry_at(int64_t now) const noexcept;  // what has expired for an operation at that time
   Expiry expiry_now() const;                     // and for a lookup
   // The age mark of a row changed at this time and step.
@@ -161,8 +170,9 @@ class Table {
   AgeCounts counts_;
   bool counts_fit_ = true;  // false: the log disagrees with them, they are made anew from the rows
   std::atomic<uint64_t> step_{0};
-  std::atomic<double> lr_;
   std::atomic<bool> dropped_{false};
+  mutable std::mutex schedule_mutex_;  // protects the pointer, for a moment: a schedule is asked without it
+  std::shared_ptr<const Schedule> schedule_;
   bool in_use_ = false;  // some Embedding of this process has it; order lock
 
   // The last training lookup, for an apply_gradients of the same keys: saves finding repeats and rows again.

@@ -17,7 +17,19 @@ from damo_embedding.errors import (
     StorageError,
 )
 from damo_embedding.hashing import hash_keys
-from damo_embedding.initializers import Constant, Initializer, Normal, Ones, TruncatedNormal, Uniform, Zeros
+from damo_embedding.initializers import (
+    Constant,
+    Initializer,
+    KaimingNormal,
+    KaimingUniform,
+    Normal,
+    Ones,
+    TruncatedNormal,
+    Uniform,
+    XavierNormal,
+    XavierUniform,
+    Zeros,
+)
 from damo_embedding.lifetimes import Steps
 from damo_embedding.optimizers import (
     FTRL,
@@ -30,6 +42,16 @@ from damo_embedding.optimizers import (
     Optimizer,
     RMSprop,
     RowWiseAdagrad,
+)
+from damo_embedding.schedules import (
+    CosineDecay,
+    ExponentialDecay,
+    InverseTimeDecay,
+    LinearCosineDecay,
+    LinearWarmup,
+    NaturalExponentialDecay,
+    PolynomialDecay,
+    Schedule,
 )
 from damo_embedding.storage import Storage
 
@@ -46,24 +68,36 @@ __all__ = [
     "ClosedError",
     "Constant",
     "CorruptionError",
+    "CosineDecay",
     "DamoError",
     "Embedding",
+    "ExponentialDecay",
     "ForkedHandleError",
     "Initializer",
+    "InverseTimeDecay",
+    "KaimingNormal",
+    "KaimingUniform",
+    "LinearCosineDecay",
+    "LinearWarmup",
     "Lion",
+    "NaturalExponentialDecay",
     "Normal",
     "Ones",
     "Optimizer",
+    "PolynomialDecay",
     "RMSprop",
     "RowInfo",
     "RowWiseAdagrad",
     "Rows",
+    "Schedule",
     "SchemaMismatchError",
     "Steps",
     "Storage",
     "StorageError",
     "TruncatedNormal",
     "Uniform",
+    "XavierNormal",
+    "XavierUniform",
     "Zeros",
     "hash_keys",
     "read_dump",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from damo_embedding import _core
+from damo_embedding.errors import SchemaMismatchError
 from damo_embedding.initializers import Initializer
 from damo_embedding.lifetimes import Steps, Ttl, parse_ttl, show_ttl
-from damo_embedding.optimizers import _MAX_FLOAT, Optimizer, _number
+from damo_embedding.optimizers import Optimizer
+from damo_embedding.schedules import LearningRate, _learning_rate
+from damo_embedding.settings import _MAX_FLOAT, _number
 from damo_embedding.storage import Storage
 
 __all__ = ["Embedding", "RowInfo", "Rows"]
@@ -76,9 +79,9 @@ class Embedding:
         ttl: How long a row lives after its last update (or its creation), as for `Storage`. None: as stored for
             this group, else the storage's.
 
-    Opening the group again needs the same dimension, optimizer (its rate and betas may change from one run to
-    the next), initializer and seed; two embeddings of one group share its rows. All methods may be called
-    from any thread.
+    Opening the group again needs the same dimension, optimizer (its rate or schedule and its betas may change
+    from one run to the next), initializer and seed; two embeddings of one group share its rows. All methods may
+    be called from any thread.
 
     Raises:
         SchemaMismatchError: The group is stored, or open, with other settings.
@@ -137,6 +140,12 @@ class Embedding:
             int(seed),
             parse_ttl("embedding", ttl),
         )
+        first = storage._rates.open(self._table, optimizer.lr)
+        if first != optimizer.lr:
+            raise SchemaMismatchError(
+                f"[embedding] {self._label()} is open with lr={first!r}, opened with lr={optimizer.lr!r}: "
+                "use the same rate, or set it with lr"
+            )
         self._state = _core.optimizer_state(optimizer.name, optimizer._settings())
 
     @property
@@ -186,16 +195,27 @@ class Embedding:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next updates, at least 0. Set it to follow a schedule.
+        """The learning rate that the next update will use, at least 0.
 
-        It starts as the optimizer's. All embeddings of the group share it. It is not stored: a storage that
-        is opened again starts from the optimizer's.
+        It is the optimizer's until you set it, to a number, a schedule or a function of the step; from then on
+        it is that (`embedding.lr = embedding.optimizer.lr` goes back). All embeddings of the group share it. It
+        is not stored: a storage that is opened again starts from the optimizer's.
+
+        Raises:
+            Exception: What a function of yours raises.
+            ValueError: It gives a number that is no rate.
         """
         return self._table.lr
 
     @lr.setter
-    def lr(self, lr: float) -> None:
-        self._table.lr = _number("embedding", "lr", lr, 0.0, _MAX_FLOAT)
+    def lr(self, lr: LearningRate) -> None:
+        self._storage._rates.follow(self._table, _learning_rate("embedding", "lr", lr))
+
+    @property
+    def schedule(self) -> Callable[[int], float] | None:
+        """The schedule, or the function of the step, that `lr` follows; None when it is a number."""
+        followed = self._storage._rates.followed(self._table)
+        return followed if callable(followed) else None
 
     def lookup(
         self,
@@ -250,7 +270,7 @@ class Embedding:
             keys: int64 or uint64 of any shape. Keys without a row get one.
             gradients: float32 of shape keys.shape + (dimension,), of the loss itself: never divided by the
                 batch size.
-            lr: The rate of this step instead of `self.lr`, at least 0.
+            lr: The rate of this step instead of `self.lr`, at least 0; a schedule is then not asked.
 
         An empty batch does nothing and is no step. When the call returns, the update survives the death of
         the process.
@@ -259,6 +279,8 @@ class Embedding:
             ValueError: A gradient is NaN or infinite (names the first such key), or a shape is wrong; nothing
                 was applied.
             TypeError: keys are not integers, or gradients are not float32.
+            Exception: What a schedule of yours raises; ValueError when it gives what is no rate. Nothing was
+                applied.
             StorageError: The log or the disk could not be written: docs/errors.md says what to do.
         """
         array = _keys("apply_gradients", keys)

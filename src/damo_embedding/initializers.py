@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a row's weights start: Zeros, Ones, Constant, Uniform, Normal, TruncatedNormal.
+"""Where a row's weights start: Zeros, Ones, Constant, Uniform, Normal, TruncatedNormal, Xavier..., Kaiming....
 
 A first weight is a pure function of (seed, group, key, position in the row), drawn by a counter-based
 generator: the same in any order of arrival, on any number of threads, machines and restarts. A lookup that
@@ -9,32 +9,32 @@ the last bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from damo_embedding.optimizers import _MAX_FLOAT, _number
+from damo_embedding.settings import _MAX_FLOAT, _MIN_FLOAT, Described
 
-__all__ = ["Constant", "Initializer", "Normal", "Ones", "TruncatedNormal", "Uniform", "Zeros"]
+__all__ = [
+    "Constant",
+    "Initializer",
+    "KaimingNormal",
+    "KaimingUniform",
+    "Normal",
+    "Ones",
+    "TruncatedNormal",
+    "Uniform",
+    "XavierNormal",
+    "XavierUniform",
+    "Zeros",
+]
 
 _MAX_NORMAL = 1e37  # beyond it mean + std * z would leave float32
 
 
-class Initializer:
+class Initializer(Described):
     """What the initializers here have in common. Take one of them; this class is for `isinstance`."""
-
-    name: ClassVar[str]
-    """The initializer's name in the core, the manifest and the docs: "truncated_normal"."""
-
-    def _settings(self) -> dict[str, float]:
-        """What the core's initializer of this name takes: its fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-
-    def _take(self, field: str, lowest: float, highest: float) -> None:
-        """Checks a field and keeps it as a float."""
-        value = _number(type(self).__name__, field, getattr(self, field), lowest, highest)
-        object.__setattr__(self, field, value)
 
 
 @dataclass(frozen=True)
@@ -130,3 +130,83 @@ class TruncatedNormal(Initializer):
     def __post_init__(self) -> None:
         self._take("mean", -_MAX_NORMAL, _MAX_NORMAL)
         self._take("std", 0.0, _MAX_NORMAL)
+
+
+@dataclass(frozen=True)
+class XavierUniform(Initializer):
+    """Evenly distributed within `gain * sqrt(6 / dimension)` on both sides of 0.
+
+    Xavier's bound is `gain * sqrt(6 / (fan_in + fan_out))`. As `torch.nn.init` counts, the fan_in of a table is
+    its dimension and the fan_out its number of rows; a table without a number of rows has the former alone.
+
+    Args:
+        gain: factor, above 0; `torch.nn.init.calculate_gain` has those of activations.
+
+    Paper: Glorot, Bengio: Understanding the difficulty of training deep feedforward neural networks, AISTATS
+    2010.
+    """
+
+    name: ClassVar[str] = "xavier_uniform"
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._take("gain", _MIN_FLOAT, _MAX_NORMAL)
+
+
+@dataclass(frozen=True)
+class XavierNormal(Initializer):
+    """Normally distributed around 0 with standard deviation `gain * sqrt(2 / dimension)`.
+
+    Fans are counted as for `XavierUniform`, whose standard deviation it has.
+
+    Args:
+        gain: factor, above 0.
+
+    Paper: Glorot, Bengio: Understanding the difficulty of training deep feedforward neural networks, AISTATS
+    2010.
+    """
+
+    name: ClassVar[str] = "xavier_normal"
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._take("gain", _MIN_FLOAT, _MAX_NORMAL)
+
+
+@dataclass(frozen=True)
+class KaimingUniform(Initializer):
+    """Evenly distributed within `sqrt(6 / ((1 + a**2) * dimension))` on both sides of 0.
+
+    `torch.nn.init.kaiming_uniform_` with mode="fan_in", which for a table is its dimension.
+
+    Args:
+        a: negative slope of the leaky ReLU that follows, at least 0: 0 for ReLU, 1 for none. `math.sqrt(5)` is
+            what `torch.nn.Linear` starts with: within `sqrt(1 / dimension)`.
+
+    Paper: He, Zhang, Ren, Sun: Delving deep into rectifiers, ICCV 2015.
+    """
+
+    name: ClassVar[str] = "kaiming_uniform"
+    a: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._take("a", 0.0, _MAX_NORMAL)
+
+
+@dataclass(frozen=True)
+class KaimingNormal(Initializer):
+    """Normally distributed around 0 with standard deviation `sqrt(2 / ((1 + a**2) * dimension))`.
+
+    `torch.nn.init.kaiming_normal_` with mode="fan_in", which for a table is its dimension.
+
+    Args:
+        a: negative slope of the leaky ReLU that follows, at least 0: 0 for ReLU, 1 for none.
+
+    Paper: He, Zhang, Ren, Sun: Delving deep into rectifiers, ICCV 2015.
+    """
+
+    name: ClassVar[str] = "kaiming_normal"
+    a: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._take("a", 0.0, _MAX_NORMAL)

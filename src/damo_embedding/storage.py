@@ -14,6 +14,7 @@ from typing import Any, Self
 from damo_embedding import _core
 from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 from damo_embedding.progress import Progress, reporting
+from damo_embedding.rates import Rates
 
 __all__ = ["Storage"]
 
@@ -139,6 +140,7 @@ class Storage:
     ) -> None:
         self._core = self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk)
         self._dumping: list[int] = []  # the threads that are in a dump, which close() waits for
+        self._rates = Rates()
 
     @staticmethod
     def _options(
@@ -189,6 +191,7 @@ class Storage:
         storage = cls.__new__(cls)
         storage._core = core
         storage._dumping = []
+        storage._rates = Rates()
         return storage
 
     @classmethod

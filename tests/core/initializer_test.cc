@@ -43,8 +43,13 @@ std::vector<std::unique_ptr<Initializer>> random_initializers() {
   std::vector<std::unique_ptr<Initializer>> all;
   all.push_back(make_initializer("uniform", {{"low", -1.0}, {"high", 1.0}}));
   all.push_back(make_initializer("normal", {}));
-  all.push_back(make_initializer("truncated_normal", {}));
+  for (const char* name : {"truncated_normal", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal"})
+    all.push_back(make_initializer(name, {}));
   return all;
+}
+
+bool spread_follows_dimension(const Initializer& initializer) {
+  return initializer.name().starts_with("xavier") || initializer.name().starts_with("kaiming");
 }
 
 TEST_CASE("philox4x32 gives the known answers of its paper's test suite") {
@@ -83,9 +88,11 @@ TEST_CASE("first weights are a pure function of seed, stream, key and position")
     const auto row = filled(*initializer, 5, 6, 7, 37);
     filled(*initializer, 8, 9, 10, 16);
     CHECK(filled(*initializer, 5, 6, 7, 37) == row);
-    // A smaller dimension is the start of a larger one.
-    for (const size_t dimension : {1u, 3u, 4u, 5u, 36u}) {
-      CHECK(filled(*initializer, 5, 6, 7, dimension) == std::vector<float>(row.begin(), row.begin() + dimension));
+    // A smaller dimension is the start of a larger one, unless the weights' spread follows the dimension.
+    if (!spread_follows_dimension(*initializer)) {
+      for (const size_t dimension : {1u, 3u, 4u, 5u, 36u}) {
+        CHECK(filled(*initializer, 5, 6, 7, dimension) == std::vector<float>(row.begin(), row.begin() + dimension));
+      }
     }
     // Equal settings, another object.
     CHECK(filled(*make_initializer(initializer->name(), initializer->settings()), 5, 6, 7, 37) == row);
@@ -153,6 +160,42 @@ TEST_CASE("truncated_normal stays within two standard deviations and fills them"
   CHECK(highest > 3.99f);
 }
 
+TEST_CASE("xavier and kaiming are uniform or normal, as wide as the dimension says") {
+  for (const size_t dimension : {1u, 2u, 7u, 16u, 100u, 4096u}) {
+    CAPTURE(dimension);
+    const auto check_uniform = [&](std::string_view name, const Settings& settings, double bound) {
+      const auto plain = make_initializer("uniform", {{"low", -bound}, {"high", bound}});
+      CHECK(bits(filled(*make_initializer(name, settings), 1, 2, 3, dimension)) ==
+            bits(filled(*plain, 1, 2, 3, dimension)));
+    };
+    const auto check_normal = [&](std::string_view name, const Settings& settings, double std) {
+      const auto plain = make_initializer("normal", {{"std", std}});
+      CHECK(bits(filled(*make_initializer(name, settings), 1, 2, 3, dimension)) ==
+            bits(filled(*plain, 1, 2, 3, dimension)));
+    };
+    const auto d = static_cast<double>(dimension);
+    check_uniform("xavier_uniform", {}, std::sqrt(6.0 / d));
+    check_uniform("xavier_uniform", {{"gain", 0.1}}, 0.1 * std::sqrt(6.0 / d));
+    check_normal("xavier_normal", {}, std::sqrt(2.0 / d));
+    check_normal("xavier_normal", {{"gain", 3.0}}, 3.0 * std::sqrt(2.0 / d));
+    check_uniform("kaiming_uniform", {}, std::sqrt(6.0 / d));
+    check_uniform("kaiming_uniform", {{"a", 1.0}}, std::sqrt(3.0 / d));
+    check_normal("kaiming_normal", {}, std::sqrt(2.0 / d));
+    check_normal("kaiming_normal", {{"a", 1.0}}, std::sqrt(1.0 / d));
+  }
+}
+
+TEST_CASE("kaiming_uniform with a = sqrt(5) is uniform within sqrt(1 / dimension), to the bit, for every dimension") {
+  const auto kaiming = make_initializer("kaiming_uniform", {{"a", std::sqrt(5.0)}});
+  for (size_t dimension = 1; dimension <= 4096; ++dimension) {
+    const double bound = std::sqrt(1.0 / static_cast<double>(dimension));
+    const auto plain = make_initializer("uniform", {{"low", -bound}, {"high", bound}});
+    const bool equal =
+        bits(filled(*kaiming, 0, 0, dimension, dimension)) == bits(filled(*plain, 0, 0, dimension, dimension));
+    CHECK_MESSAGE(equal, dimension);
+  }
+}
+
 TEST_CASE("natural_log is the logarithm to 1e-15") {
   for (double x = 0x1p-40; x < 1e6; x *= 1.0173) {
     CAPTURE(x);
@@ -181,6 +224,8 @@ TEST_CASE("settings come back with defaults filled in") {
         Settings{{"low", 0.0}, {"high", 2.0}});
   CHECK(make_initializer("constant", {{"value", 0.1}})->settings() == Settings{{"value", 0.1}});
   CHECK(make_initializer("zeros", {})->settings().empty());
+  CHECK(make_initializer("xavier_normal", {})->settings() == Settings{{"gain", 1.0}});
+  CHECK(make_initializer("kaiming_uniform", {{"a", 0.5}})->settings() == Settings{{"a", 0.5}});
 }
 
 TEST_CASE("every listed initializer says its name") {
@@ -198,7 +243,10 @@ TEST_CASE("a bad setting is refused by name, with what is accepted") {
   };
   CHECK(message("xavier", {}) ==
         "[initializer] unknown name \"xavier\", expected one of: zeros, ones, constant, uniform, normal, "
-        "truncated_normal");
+        "truncated_normal, xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal");
+  CHECK(message("xavier_uniform", {{"gain", 0.0}}).starts_with("[initializer xavier_uniform] gain is 0, expected a"));
+  CHECK(message("kaiming_normal", {{"a", -1.0}}) ==
+        "[initializer kaiming_normal] a is -1, expected a number in [0, 1e+37]");
   CHECK(message("constant", {}) == "[initializer constant] value is missing, it has no default");
   CHECK(
       message("constant", {{"value", 1e39}}) ==

@@ -8,10 +8,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
@@ -284,6 +287,219 @@ TEST_CASE("storage: one writer a directory; bad options and a damaged manifest a
   CHECK_THROWS_AS(open(directory / "s"), CorruptionError);
   write_file_atomically(manifest, good);
   CHECK(open(directory / "s")->stats().groups.size() == 1);
+}
+
+// --------------------------------------------------------------- schedules
+
+// What a test wants to be asked for rates.
+class Asked final : public Schedule {
+ public:
+  explicit Asked(std::function<double(uint64_t)> rate) : rate_(std::move(rate)) {}
+  double rate(uint64_t step) const override {
+    steps.push_back(step);  // asked under the order lock
+    return rate_(step);
+  }
+  mutable std::vector<uint64_t> steps;
+
+ private:
+  std::function<double(uint64_t)> rate_;
+};
+
+TableSpec sgd_from_zero(uint32_t group) {
+  TableSpec spec = spec_of(group, 1, "sgd");
+  spec.optimizer_settings = {{"lr", 1.0}};
+  spec.initializer = "zeros";
+  spec.initializer_settings = {};
+  return spec;
+}
+
+TEST_CASE("storage: an update's rate is its schedule's for the step it gets, over close and kill") {
+  const TemporaryDirectory directory;
+  const std::vector<uint64_t> keys{7};
+  const float one = 1.0f;
+  const auto powers = [] { return std::make_shared<Asked>([](uint64_t step) { return std::ldexp(1.0, int(step)); }); };
+  {
+    const auto storage = open(directory / "s");
+    Table& table = storage->table(sgd_from_zero(0));
+    table.set_lr(powers());
+    for (int i = 0; i < 3; ++i) table.apply_gradients(keys, &one, std::nullopt);
+    CHECK(lookup(table, keys)[0] == -7.0f);
+    CHECK(table.lr() == 8.0);
+  }
+  const auto storage = open(directory / "s");
+  Table& table = storage->table(sgd_from_zero(0));
+  CHECK(table.lr() == 1.0);  // a schedule is not stored
+  const auto schedule = powers();
+  table.set_lr(schedule);
+  table.apply_gradients(keys, &one, std::nullopt);   // 8
+  table.apply_gradients(keys, &one, 0.25);           // a rate of its own: a step, but nobody is asked
+  table.apply_gradients({}, nullptr, std::nullopt);  // no step
+  table.apply_gradients(keys, &one, std::nullopt);   // 32
+  CHECK(lookup(table, keys)[0] == -7.0f - 8.0f - 0.25f - 32.0f);
+  CHECK(schedule->steps == std::vector<uint64_t>{3, 5});
+  table.set_lr(0.5);
+  table.apply_gradients(keys, &one, std::nullopt);
+  CHECK(lookup(table, keys)[0] == -47.75f);
+  copy_as_killed(directory / "s", directory / "killed");
+  const auto again = open(directory / "killed");  // redo has the rates in its log
+  Table& killed = again->table(sgd_from_zero(0));
+  CHECK(lookup(killed, keys)[0] == -47.75f);
+  CHECK(killed.step() == 7);
+}
+
+TEST_CASE("storage: threads that update one group get one rate each, in the order of the steps") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s");
+  Table &table = storage->table(sgd_from_zero(0)), &other = storage->table(sgd_from_zero(1));
+  const auto schedule = std::make_shared<Asked>([](uint64_t step) {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));  // so that the others do wait
+    return static_cast<double>(step);
+  });
+  table.set_lr(schedule);
+  constexpr int kThreads = 4, kUpdates = 50;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t)
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kUpdates; ++i) {
+        const std::vector<uint64_t> keys{uint64_t(t), 99};
+        const float ones[] = {1.0f, 1.0f};
+        table.apply_gradients(keys, ones, std::nullopt);
+        other.apply_gradients(keys, ones, std::nullopt);
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  std::vector<uint64_t> expected(kThreads * kUpdates);
+  std::iota(expected.begin(), expected.end(), uint64_t{0});
+  CHECK(schedule->steps == expected);
+  CHECK(lookup(table, {99})[0] == -199.0f * 200.0f / 2.0f);
+  const std::vector<float> own = lookup(table, {0, 1, 2, 3});
+  CHECK(own[0] + own[1] + own[2] + own[3] == -199.0f * 200.0f / 2.0f);
+}
+
+TEST_CASE("storage: a schedule that throws or gives no rate stops the update before anything is logged") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s");
+  Table &table = storage->table(sgd_from_zero(0)), &good = storage->table(sgd_from_zero(1));
+  const std::vector<uint64_t> keys{1, 2};
+  const float ones[] = {1.0f, 1.0f};
+  lookup(table, {1}, true);
+  const uint64_t sequence = storage->stats().sequence, log_bytes = storage->stats().log_bytes;
+  struct Surprise {};
+  const auto refused = [&](const std::function<double(uint64_t)>& rate, const auto& attempt) {
+    table.set_lr(std::make_shared<Asked>(rate));
+    attempt();
+    CHECK(storage->stats().sequence == sequence);
+    CHECK(storage->stats().log_bytes == log_bytes);
+    CHECK(table.step() == 0);
+    CHECK(good.step() == 0);
+    CHECK(table.size() == 1);
+    CHECK(good.size() == 0);
+  };
+  const auto apply = [&] { table.apply_gradients(keys, ones, std::nullopt); };
+  // The good one comes first, and is not applied either.
+  const auto apply_both = [&] {
+    const Batch batch(keys, std::nullopt);
+    const std::vector<Table::Update> updates{{&good, {{&batch, ones}}, std::nullopt},
+                                             {&table, {{&batch, ones}}, std::nullopt}};
+    Table::apply_gradients(updates);
+  };
+  refused([](uint64_t) -> double { throw Surprise{}; }, [&] { CHECK_THROWS_AS(apply(), Surprise); });
+  refused([](uint64_t) -> double { throw Surprise{}; }, [&] { CHECK_THROWS_AS(apply_both(), Surprise); });
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const double bad : {std::nan(""), infinity, -infinity, -1e-300, 1e39}) {
+    CAPTURE(bad);
+    refused([bad](uint64_t) { return bad; }, [&] { CHECK_THROWS_AS(apply(), std::invalid_argument); });
+    refused([bad](uint64_t) { return bad; }, [&] { CHECK_THROWS_AS(apply_both(), std::invalid_argument); });
+  }
+  CHECK_THROWS_WITH(apply(),
+                    "[apply_gradients] the schedule of group 0 gives 1e+39 for step 0, expected a number in [0, "
+                    "3.4028234663852886e+38]: give another one, or set lr to a number");
+  CHECK_THROWS_AS(table.lr(), std::invalid_argument);
+  table.set_lr(1.0);
+  apply_both();
+  CHECK(lookup(table, keys) == std::vector<float>{-1.0f, -1.0f});
+  CHECK(lookup(good, keys) == std::vector<float>{-1.0f, -1.0f});
+}
+
+TEST_CASE("storage: one call that updates a table twice asks for two steps") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s");
+  Table &table = storage->table(sgd_from_zero(0)), &other = storage->table(sgd_from_zero(1));
+  const auto schedule = std::make_shared<Asked>([](uint64_t step) { return step == 0 ? 1.0 : 0.25; });
+  table.set_lr(schedule);
+  const std::vector<uint64_t> keys{1};
+  const float one = 1.0f;
+  const Batch batch(keys, std::nullopt), empty(std::span<const uint64_t>{}, std::nullopt);
+  const std::vector<Table::Update> updates{{&table, {{&batch, &one}}, std::nullopt},
+                                           {&other, {{&batch, &one}}, std::nullopt},
+                                           {&table, {{&empty, &one}}, std::nullopt},
+                                           {&table, {{&batch, &one}}, std::nullopt}};
+  Table::apply_gradients(updates);
+  CHECK(schedule->steps == std::vector<uint64_t>{0, 1});
+  CHECK(lookup(table, keys)[0] == -1.25f);
+  CHECK(table.step() == 2);
+}
+
+TEST_CASE("storage: tables of two storages are not updated by one call") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s"), stranger = open(directory / "t");
+  Table &table = storage->table(sgd_from_zero(0)), &other = stranger->table(sgd_from_zero(1));
+  const std::vector<uint64_t> keys{1};
+  const float one = 1.0f;
+  const Batch batch(keys, std::nullopt);
+  const std::vector<Table::Update> updates{{&table, {{&batch, &one}}, std::nullopt},
+                                           {&other, {{&batch, &one}}, std::nullopt}};
+  CHECK_THROWS_WITH(Table::apply_gradients(updates),
+                    "[apply_gradients] group 1 is of another storage than group 0: make one call for each storage");
+  CHECK(table.step() == 0);
+}
+
+TEST_CASE("storage: a schedule that uses a storage is refused, where it would wait for its own thread") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s"), stranger = open(directory / "t");
+  Table &table = storage->table(sgd_from_zero(0)), &other = stranger->table(sgd_from_zero(0));
+  const std::vector<uint64_t> keys{1};
+  const float one = 1.0f;
+  float out = 0.0f;
+  const std::vector<std::function<void()>> uses{
+      [&] { storage->stats(); },
+      [&] { storage->now(); },
+      [&] { storage->commit(1, ""); },
+      [&] { storage->close(); },
+      [&] { storage->table(sgd_from_zero(3)); },
+      [&] { table.lookup(keys, &out, true, false, std::nullopt); },
+      [&] { table.apply_gradients(keys, &one, 1.0); },
+      [&] { other.apply_gradients(keys, &one, 1.0); },
+  };
+  for (size_t use = 0; use < uses.size(); ++use) {
+    CAPTURE(use);
+    bool refused = false;
+    table.set_lr(std::make_shared<Asked>([&](uint64_t) {
+      try {
+        uses[use]();
+      } catch (const std::invalid_argument& error) {
+        refused = std::string(error.what()).find("called by a learning-rate schedule") != std::string::npos;
+      }
+      return 1.0;
+    }));
+    table.apply_gradients(keys, &one, std::nullopt);
+    CHECK(refused);
+  }
+  CHECK(table.step() == uses.size());
+  CHECK(other.step() == 0);
+  CHECK(table.size() == 1);
+  // What goes away while another storage's schedule is asked is closed as always.
+  auto third = open(directory / "u");
+  Table& of_third = third->table(sgd_from_zero(0));
+  of_third.apply_gradients(keys, &one, std::nullopt);
+  table.set_lr(std::make_shared<Asked>([&](uint64_t) {
+    third.reset();
+    return 1.0;
+  }));
+  table.apply_gradients(keys, &one, std::nullopt);
+  const auto reopened = open(directory / "u");
+  CHECK(reopened->stats().redone_records == 0);
+  CHECK(lookup(reopened->table(sgd_from_zero(0)), keys)[0] == -1.0f);
 }
 
 // -------------------------------------------------------------------- redo

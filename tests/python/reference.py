@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: optimizers, initializers and a table in plain NumPy.
+"""The oracle: optimizers, schedules, initializers and a table in plain NumPy.
 
-Written from docs/optimizers.md and docs/initializers.md; shares no code with the core and imports nothing
-of the package. Float32 steps are done in the documented order, so results can be compared bit for bit.
+Written from docs/optimizers.md, docs/schedules.md and docs/initializers.md; shares no code with the core and
+imports nothing of the package. Float32 steps are done in the documented order, so results can be compared bit
+for bit; rates are doubles of `math`.
 
 - `optimizer(name, settings)` / `initializer(name, settings)`: by the names and settings of the core.
+- `SCHEDULES`: by the names of the core, a function of the step and the settings.
 - `ReferenceTable`: one group as a dict of rows, the model beside Storage + Embedding.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -324,6 +326,56 @@ def optimizer(name: str, settings: Mapping[str, float]) -> ReferenceOptimizer:
     return OPTIMIZERS[name](settings)
 
 
+# --------------------------------------------------------------- schedules
+
+
+def exponential_decay(step: int, lr: float, decay_steps: int, decay_rate: float) -> float:
+    return float(lr * decay_rate ** (step / decay_steps))
+
+
+def polynomial_decay(step: int, lr: float, decay_steps: int, end_lr: float = 1e-4, power: float = 1.0) -> float:
+    left = 1 - min(step, decay_steps) / decay_steps
+    return float((lr - end_lr) * left**power + end_lr)
+
+
+def natural_exponential_decay(step: int, lr: float, decay_steps: int, decay_rate: float) -> float:
+    return lr * math.exp(-decay_rate * step / decay_steps)
+
+
+def inverse_time_decay(step: int, lr: float, decay_steps: int, decay_rate: float) -> float:
+    return lr / (1 + decay_rate * step / decay_steps)
+
+
+def cosine_decay(step: int, lr: float, decay_steps: int) -> float:
+    return lr * 0.5 * (1 + math.cos(math.pi * min(step, decay_steps) / decay_steps))
+
+
+def linear_cosine_decay(
+    step: int, lr: float, decay_steps: int, num_periods: float = 0.5, alpha: float = 0.0, beta: float = 1e-3
+) -> float:
+    done = min(step, decay_steps)
+    cosine = 0.5 * (1 + math.cos(2 * math.pi * num_periods * done / decay_steps))
+    return lr * ((alpha + (decay_steps - done) / decay_steps) * cosine + beta)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "constant": lambda step, lr: lr,
+    "exponential_decay": exponential_decay,
+    "polynomial_decay": polynomial_decay,
+    "natural_exponential_decay": natural_exponential_decay,
+    "inverse_time_decay": inverse_time_decay,
+    "cosine_decay": cosine_decay,
+    "linear_cosine_decay": linear_cosine_decay,
+}
+
+
+def linear_warmup(step: int, warmup_steps: int, then: Callable[[int], float], start_lr: float = 0.0) -> float:
+    """`then` is a function of its own steps, which begin when the warm-up is over."""
+    if step >= warmup_steps:
+        return then(step - warmup_steps)
+    return start_lr + (then(0) - start_lr) * step / warmup_steps
+
+
 # ---------------------------------------------------------- random numbers
 
 
@@ -467,10 +519,13 @@ class ReferenceUniform(ReferenceInitializer):
     required: ClassVar[frozenset[str]] = frozenset({"low", "high"})
 
     def weights(self, seed: int, stream: int, keys: npt.ArrayLike, dimension: int) -> Floats:
-        low, high = f32(self.settings["low"]), f32(self.settings["high"])
+        low, high = self.bounds(dimension)
         u = random_words(seed, stream, keys, dimension).astype(np.float64) * 2.0**-32
         drawn = (float(low) + (float(high) - float(low)) * u).astype(f32)
         return np.where(drawn < high, drawn, np.nextafter(high, low))
+
+    def bounds(self, dimension: int) -> tuple[np.float32, np.float32]:
+        return f32(self.settings["low"]), f32(self.settings["high"])
 
 
 class ReferenceNormal(ReferenceInitializer):
@@ -478,7 +533,13 @@ class ReferenceNormal(ReferenceInitializer):
 
     def weights(self, seed: int, stream: int, keys: npt.ArrayLike, dimension: int) -> Floats:
         u = (random_words(seed, stream, keys, dimension).astype(np.float64) + 0.5) * 2.0**-32
-        return (self.settings["mean"] + self.settings["std"] * self.quantile(u)).astype(f32)
+        return (self.mean() + self.std(dimension) * self.quantile(u)).astype(f32)
+
+    def mean(self) -> float:
+        return self.settings["mean"]
+
+    def std(self, dimension: int) -> float:
+        return self.settings["std"]
 
     def quantile(self, u: Doubles) -> Doubles:
         return inverse_normal(u)
@@ -490,6 +551,46 @@ class ReferenceTruncatedNormal(ReferenceNormal):
         return np.clip(inverse_normal(p), -2.0, 2.0)
 
 
+class ReferenceXavierUniform(ReferenceUniform):
+    required: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[dict[str, float]] = {"gain": 1.0}
+
+    def bounds(self, dimension: int) -> tuple[np.float32, np.float32]:
+        bound = f32(self.settings["gain"] * math.sqrt(6.0 / dimension))
+        return -bound, bound
+
+
+class ReferenceXavierNormal(ReferenceNormal):
+    defaults: ClassVar[dict[str, float]] = {"gain": 1.0}
+
+    def mean(self) -> float:
+        return 0.0
+
+    def std(self, dimension: int) -> float:
+        return self.settings["gain"] * math.sqrt(2.0 / dimension)
+
+
+class ReferenceKaimingUniform(ReferenceUniform):
+    required: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[dict[str, float]] = {"a": 0.0}
+
+    def bounds(self, dimension: int) -> tuple[np.float32, np.float32]:
+        a = self.settings["a"]
+        bound = f32(math.sqrt(6.0 / ((1.0 + a * a) * dimension)))
+        return -bound, bound
+
+
+class ReferenceKaimingNormal(ReferenceNormal):
+    defaults: ClassVar[dict[str, float]] = {"a": 0.0}
+
+    def mean(self) -> float:
+        return 0.0
+
+    def std(self, dimension: int) -> float:
+        a = self.settings["a"]
+        return math.sqrt(2.0 / ((1.0 + a * a) * dimension))
+
+
 INITIALIZERS: dict[str, type[ReferenceInitializer]] = {
     "zeros": ReferenceZeros,
     "ones": ReferenceOnes,
@@ -497,6 +598,10 @@ INITIALIZERS: dict[str, type[ReferenceInitializer]] = {
     "uniform": ReferenceUniform,
     "normal": ReferenceNormal,
     "truncated_normal": ReferenceTruncatedNormal,
+    "xavier_uniform": ReferenceXavierUniform,
+    "xavier_normal": ReferenceXavierNormal,
+    "kaiming_uniform": ReferenceKaimingUniform,
+    "kaiming_normal": ReferenceKaimingNormal,
 }
 
 
@@ -547,7 +652,7 @@ class ReferenceTable:
         self.dimension = dimension
         self.seed = seed
         self.stream = stream  # the group's number, or the hash of its name
-        self.lr = self.optimizer.lr
+        self.lr: float | Callable[[int], float] = self.optimizer.lr  # a function of the step before the update
         self.step = 0
         self.now = 0
         self.rows: dict[int, ReferenceRow] = {}
@@ -594,6 +699,9 @@ class ReferenceTable:
             else:
                 sums[key] = gradient.copy()
         self._insert(list(sums))
+        rate = self.lr if lr is None else lr
+        if callable(rate):
+            rate = rate(self.step)
         self.step += 1
         touched = [self.rows[key] for key in sums]
         weights = np.stack([row.weights for row in touched])
@@ -606,7 +714,7 @@ class ReferenceTable:
             weights,
             state,
             np.stack(list(sums.values())),
-            lr=self.lr if lr is None else lr,
+            lr=rate,
             group_step=self.step,
             update_counts=[row.update_count for row in touched],
         )

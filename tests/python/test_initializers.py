@@ -4,18 +4,37 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import math
 import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xxhash
 
 import damo_embedding.initializers as initializers_module
 import reference
 from damo_embedding import _core
-from damo_embedding.initializers import Constant, Initializer, Normal, Ones, TruncatedNormal, Uniform, Zeros
+from damo_embedding.initializers import (
+    Constant,
+    Initializer,
+    KaimingNormal,
+    KaimingUniform,
+    Normal,
+    Ones,
+    TruncatedNormal,
+    Uniform,
+    XavierNormal,
+    XavierUniform,
+    Zeros,
+)
 
 Floats = npt.NDArray[np.float32]
 
@@ -36,7 +55,19 @@ CONFIGURATIONS = [
     Normal(std=0.0),
     TruncatedNormal(),
     TruncatedNormal(mean=100.0, std=3.0),
+    XavierUniform(),
+    XavierUniform(gain=0.1),
+    XavierUniform(gain=1e37),
+    XavierNormal(),
+    XavierNormal(gain=5 / 3),
+    KaimingUniform(),
+    KaimingUniform(a=math.sqrt(5)),
+    KaimingUniform(a=1e37),
+    KaimingNormal(),
+    KaimingNormal(a=0.01),
 ]
+# Their weights' spread follows the dimension.
+SPREAD = (XavierUniform, XavierNormal, KaimingUniform, KaimingNormal)
 EDGE_KEYS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 
 
@@ -132,7 +163,92 @@ def test_truncated_normal_is_normal_within_two_standard_deviations() -> None:
     assert abs(sample.std() / 2 - 0.8796) < 0.005
 
 
-@pytest.mark.parametrize("initializer", [Uniform(-1, 1), Normal(), TruncatedNormal()], ids=str)
+DIMENSIONS = [1, 2, 3, 7, 16, 64, 100, 1000, 4096]
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+@pytest.mark.parametrize(
+    ("initializer", "square"),
+    [
+        (XavierUniform(), 6.0),
+        (XavierUniform(gain=0.25), 6.0 / 16.0),
+        (KaimingUniform(), 6.0),
+        (KaimingUniform(a=1.0), 3.0),
+        (KaimingUniform(a=math.sqrt(5)), 1.0),
+    ],
+    ids=str,
+)
+def test_xavier_and_kaiming_uniform_are_uniform_within_their_bound(
+    initializer: Any, square: float, dimension: int
+) -> None:
+    sample = np.sort(drawn(initializer, keys=max(20, 200_000 // dimension), dimension=dimension).ravel())
+    half = float(np.float32(math.sqrt(square / dimension)))
+    assert -half <= sample[0] < -0.999 * half
+    assert 0.999 * half < sample[-1] <= half
+    assert largest_gap(sample, (sample / half + 1) / 2) < 2.3  # above it once in 20,000
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+@pytest.mark.parametrize(
+    ("initializer", "square"),
+    [
+        (XavierNormal(), 2.0),
+        (XavierNormal(gain=0.25), 2.0 / 16.0),
+        (KaimingNormal(), 2.0),
+        (KaimingNormal(a=1.0), 1.0),
+    ],
+    ids=str,
+)
+def test_xavier_and_kaiming_normal_are_normal_with_their_deviation(
+    initializer: Any, square: float, dimension: int
+) -> None:
+    sample = np.sort(drawn(initializer, keys=max(10, 40_000 // dimension), dimension=dimension).ravel())
+    std = math.sqrt(square / dimension)
+    assert largest_gap(sample, normal_cdf(sample / std)) < 2.3
+    assert abs(sample.std() / std - 1) < 4 / np.sqrt(2 * sample.size)
+
+
+def test_spreads_are_those_of_torch_where_a_table_has_few_rows_beside_its_dimension() -> None:
+    """torch counts the rows as fan_out. Kaiming leaves it out; Xavier of one row has it as one of 4,097."""
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.empty(1, 4096)
+    for ours, fill, arguments in (
+        (XavierUniform(), "xavier_uniform_", {}),
+        (XavierNormal(gain=2.0), "xavier_normal_", {"gain": 2.0}),
+        (KaimingUniform(a=math.sqrt(5)), "kaiming_uniform_", {"a": math.sqrt(5)}),
+        (KaimingNormal(a=0.5), "kaiming_normal_", {"a": 0.5}),
+    ):
+        theirs = []
+        for _ in range(50):
+            getattr(torch.nn.init, fill)(weight, generator=generator, **arguments)
+            theirs.append(weight.numpy().copy())
+        sample = drawn(ours, keys=50, dimension=4096)
+        assert sample.std() == pytest.approx(float(np.std(theirs)), rel=0.01), ours
+
+
+def test_seed_names_uniform_and_xavier_are_kaiming_uniform_and_xavier_uniform_to_the_bit() -> None:
+    """Bound sqrt(1 / dimension), and sqrt(6 / dimension); C++ tests go through every dimension."""
+    for dimension in (*range(1, 130), 255, 256, 1000, 4095, 4096):
+        for ours, square in ((KaimingUniform(a=math.sqrt(5)), 1.0), (XavierUniform(), 6.0)):
+            bound = math.sqrt(square / dimension)
+            expected = core_weights(Uniform(-bound, bound), 1, 2, [3, 2**63], dimension)
+            np.testing.assert_array_equal(core_weights(ours, 1, 2, [3, 2**63], dimension), expected)
+
+
+@pytest.mark.parametrize(
+    "initializer",
+    [
+        Uniform(-1, 1),
+        Normal(),
+        TruncatedNormal(),
+        XavierUniform(),
+        XavierNormal(),
+        KaimingUniform(),
+        KaimingNormal(),
+    ],
+    ids=str,
+)
 def test_neighbouring_positions_keys_and_streams_are_uncorrelated(initializer: Any) -> None:
     weights = drawn(initializer)
     oracle = reference.initializer(initializer.name, initializer._settings())
@@ -160,12 +276,47 @@ def test_first_weights_do_not_depend_on_what_was_drawn_before(initializer: Any) 
     np.testing.assert_array_equal(first, again[[1, 2, 0]])
 
 
-@pytest.mark.parametrize("initializer", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("initializer", [each for each in CONFIGURATIONS if not isinstance(each, SPREAD)], ids=str)
 def test_a_smaller_dimension_is_the_start_of_a_larger_one(initializer: Any) -> None:
     whole = core_weights(initializer, 1, 2, EDGE_KEYS, 37)
     for dimension in (1, 3, 4, 5, 36):
         start = core_weights(initializer, 1, 2, EDGE_KEYS, dimension)
         np.testing.assert_array_equal(start, whole[:, :dimension])
+
+
+# What a process of its own makes of the keys, as training lookups and as lookups that insert nothing.
+CHILD = """
+import hashlib, sys
+import numpy as np
+import damo_embedding as de
+
+path, initializer, threads, order, insert = sys.argv[1:]
+keys = np.array([i * 0x9E3779B97F4A7C15 % 2**64 for i in range(-1500, 1500)], np.uint64)
+ordered = np.random.default_rng(int(order)).permutation(keys)
+with de.Storage(path, memory="16MiB", threads=int(threads)) as storage:
+    table = de.Embedding(storage, de.SGD(), eval(initializer, vars(de)), dimension=7, group="user", seed=9)
+    for part in np.array_split(ordered, 1 + int(order)):
+        table.lookup(part, insert=insert == "True")
+    print(hashlib.sha256(table.lookup(keys, insert=False).tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("initializer", [Uniform(-1, 1), TruncatedNormal(), XavierNormal(), KaimingUniform()], ids=str)
+def test_rows_start_alike_in_every_process_order_and_number_of_threads(tmp_path: Path, initializer: Any) -> None:
+    def run(case: tuple[int, int, bool]) -> str:
+        arguments = [str(tmp_path / "-".join(map(str, case))), repr(initializer), *map(str, case)]
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True, timeout=120
+        )
+        return done.stdout.strip()
+
+    cases = [(1, 0, True), (2, 1, True), (5, 3, True), (3, 2, False)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, cases))
+    stream = xxhash.xxh3_64_intdigest(b"user") | 1 << 63
+    keys = np.array([i * 0x9E3779B97F4A7C15 % 2**64 for i in range(-1500, 1500)], np.uint64)
+    expected = reference.initializer(initializer.name, initializer._settings()).weights(9, stream, keys, 7)
+    assert found == [hashlib.sha256(expected.tobytes()).hexdigest()] * len(cases)
 
 
 def test_signed_and_unsigned_keys_of_the_same_bits_start_alike() -> None:
@@ -181,7 +332,7 @@ def test_uniform_never_draws_high() -> None:
 
 # Another value for each field. A new field needs a line here: an argument accepted is an argument used.
 USUAL: dict[str, dict[str, float]] = {"constant": {"value": 1.0}, "uniform": {"low": 0.0, "high": 1.0}}
-OTHER = {"value": 2.0, "low": 0.5, "high": 3.0, "mean": 1.0, "std": 0.5}
+OTHER = {"value": 2.0, "low": 0.5, "high": 3.0, "mean": 1.0, "std": 0.5, "gain": 2.0, "a": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -227,6 +378,19 @@ def test_numbers_out_of_range_are_named_with_the_range(cls: Any, field: str, val
 def test_what_is_not_a_number_is_a_type_error(cls: Any, field: str, value: Any) -> None:
     with pytest.raises(TypeError, match=rf"^\[{cls.__name__}\] {field} is .*, expected a number$"):
         cls(**{**USUAL.get(cls.name, {}), field: value})
+
+
+@pytest.mark.parametrize("cls", [XavierUniform, XavierNormal])
+@pytest.mark.parametrize("gain", [0.0, -1.0, 1e38])
+def test_a_gain_out_of_range_is_refused(cls: Any, gain: float) -> None:
+    with pytest.raises(ValueError, match=r"gain is .*, expected a number in \[1.1754944e-38, 1e\+37\]"):
+        cls(gain)
+
+
+@pytest.mark.parametrize("cls", [KaimingUniform, KaimingNormal])
+def test_a_negative_slope_below_zero_is_refused(cls: Any) -> None:
+    with pytest.raises(ValueError, match=r"a is -0.1, expected a number in \[0, 1e\+37\]"):
+        cls(a=-0.1)
 
 
 @pytest.mark.parametrize("cls", [Normal, TruncatedNormal])

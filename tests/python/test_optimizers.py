@@ -135,6 +135,46 @@ def test_state_has_the_entries_and_starts_of_the_reference(optimizer: Any) -> No
         np.testing.assert_array_equal(block, expected[entry][0])
 
 
+@pytest.mark.parametrize("optimizer", CONFIGURATIONS, ids=str)
+def test_an_optimizer_that_is_kept_makes_the_same_updates(optimizer: Any) -> None:
+    rng = np.random.default_rng(4)
+    kept = _core.RowOptimizer(optimizer.name, optimizer._settings())
+    weights = rng.normal(size=16).astype(np.float32)
+    row = CoreRow(optimizer, weights)
+    state = np.full(kept.state_floats(16), np.nan, np.float32)
+    kept.start(16, state)
+    np.testing.assert_array_equal(state, row.state)
+    for update in range(1, 20):
+        gradient = rng.normal(size=16).astype(np.float32)
+        row.update(gradient, 2 * update)
+        kept.update(optimizer.lr, 2 * update, update, weights, state, gradient)
+        np.testing.assert_array_equal(weights, row.weights)
+        np.testing.assert_array_equal(state, row.state)
+
+
+def test_arrays_of_an_update_that_share_memory_or_do_not_fit_are_refused() -> None:
+    kept = _core.RowOptimizer("adagrad", {})
+    floats = np.ones(12, np.float32)
+    w, g, s = floats[:4], floats[4:8], floats[8:]
+    for arrays, message in (
+        ((w, s, w), "weights and gradient share memory"),
+        ((w, w, g), "weights and state share memory"),
+        ((w, g, g), "state and gradient share memory"),
+        ((floats[:4], floats[3:7], g), "weights and state share memory"),
+        ((w, s[:3], g), "state has 3 floats, expected 4"),
+        ((w, s, g[:3]), "gradient has 3 floats, expected 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kept.update(0.1, 1, 1, *arrays)
+    with pytest.raises(ValueError, match="group_step is 0 and update_count is 1"):
+        kept.update(0.1, 0, 1, w, s, g)
+    with pytest.raises(ValueError, match="state has 3 floats, expected 4"):
+        kept.start(4, s[:3])
+    assert (floats == 1).all()
+    kept.update(0.1, 1, 1, w, s, g)
+    assert (g == 1).all()
+
+
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_defaults_of_the_dataclass_and_of_the_core_are_the_same(name: str) -> None:
     optimizer = CLASSES[name]()
@@ -305,7 +345,10 @@ def test_numbers_of_any_kind_become_floats() -> None:
 
 
 FLOAT_FIELDS = [
-    (cls, field.name) for cls in CLASSES.values() for field in dataclasses.fields(cls) if field.type == "float"
+    (cls, field.name)
+    for cls in CLASSES.values()
+    for field in dataclasses.fields(cls)
+    if field.type in ("float", "LearningRate")
 ]
 
 
@@ -319,7 +362,8 @@ def test_numbers_out_of_range_are_named_with_the_range(cls: Any, field: str, val
 @pytest.mark.parametrize(("cls", "field"), FLOAT_FIELDS)
 @pytest.mark.parametrize("value", ["0.1", True, np.True_, None, 1j, Decimal("0.1"), [0.1], np.zeros(1)])
 def test_what_is_not_a_number_is_a_type_error(cls: Any, field: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=rf"^\[{cls.__name__}\] {field} is .*, expected a number$"):
+    expected = "a number, a schedule or a function of the step" if field == "lr" else "a number"
+    with pytest.raises(TypeError, match=rf"^\[{cls.__name__}\] {field} is .*, expected {expected}$"):
         cls(**{field: value})
 
 

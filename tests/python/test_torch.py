@@ -174,6 +174,40 @@ def test_gradients_are_not_divided_by_the_batch(item: Embedding) -> None:
     np.testing.assert_allclose(stored(item, [1, 2]), before - 1.0 - 1 / 8, rtol=0, atol=1e-6)
 
 
+def test_backward_follows_the_schedule_of_the_group(storage: de.Storage) -> None:
+    halving = de.ExponentialDecay(lr=1.0, decay_steps=1, decay_rate=0.5)
+    collection = EmbeddingCollection(
+        storage,
+        {"user": Feature(DIMENSION), "item": Feature(DIMENSION, optimizer=de.SGD(lr=lambda step: 2.0**step))},
+        optimizer=de.SGD(lr=halving),
+    )
+    user, item = (collection.embeddings[name] for name in ("user", "item"))
+    before = user.lookup([1], insert=False), item.lookup([1], insert=False)
+    for _ in range(3):
+        vectors = collection({"user": torch.tensor([1]), "item": torch.tensor([1])})
+        (vectors["user"].sum() + vectors["item"].sum()).backward()
+    np.testing.assert_allclose(before[0] - user.lookup([1]), np.full((1, DIMENSION), 1.75), rtol=1e-5)
+    np.testing.assert_allclose(before[1] - item.lookup([1]), np.full((1, DIMENSION), 7.0), rtol=1e-5)
+    assert (user.lr, item.lr) == (0.125, 8.0)
+
+
+def test_a_schedule_that_raises_comes_out_of_backward_and_no_group_is_updated(
+    storage: de.Storage, item: Embedding
+) -> None:
+    def raises(step: int) -> float:
+        raise KeyError("no rate")
+
+    user = Embedding(storage, group="user", dimension=DIMENSION, optimizer=de.SGD(lr=raises))
+    before = stored(item, [1])
+    with pytest.raises(KeyError, match="no rate"):
+        (item(torch.tensor([1])).sum() + user(torch.tensor([1])).sum()).backward()
+    assert item.embedding.step == user.embedding.step == 0
+    np.testing.assert_array_equal(stored(item, [1]), before)
+    user.embedding.lr = 1.0
+    (item(torch.tensor([1])).sum() + user(torch.tensor([1])).sum()).backward()
+    assert item.embedding.step == user.embedding.step == 1
+
+
 def test_a_group_has_one_setting(storage: de.Storage, item: Embedding) -> None:
     with pytest.raises((ValueError, de.SchemaMismatchError), match="item"):
         Embedding(storage, group="item", dimension=DIMENSION + 1, optimizer=SGD)

@@ -195,6 +195,111 @@ def test_a_state_dict_has_rates_and_no_rows(item: Embedding) -> None:
     assert moved(item, before) == [0.125, 0.0, 0.0]
 
 
+# ------------------------------------------------------ schedules of our own
+
+HALVING = de.ExponentialDecay(lr=1.0, decay_steps=1, decay_rate=0.5)
+
+
+@pytest.fixture
+def halving(storage: de.Storage) -> Embedding:
+    return Embedding(storage, group="halving", dimension=DIMENSION, optimizer=de.SGD(lr=HALVING))
+
+
+def step(module: Embedding, optimizer: SparseOptimizer, steps: int = 1) -> None:
+    for _ in range(steps):
+        module(torch.tensor([1])).sum().backward()
+        optimizer.step()
+
+
+def test_a_step_follows_the_group_s_schedule_and_shows_the_next_rate(halving: Embedding) -> None:
+    optimizer = SparseOptimizer(halving)
+    (param_group,) = optimizer.param_groups
+    before = stored(halving)
+    for expected in (1.0, 0.5, 0.25):
+        assert param_group["lr"] == expected
+        step(halving, optimizer)
+    assert moved(halving, before) == [1.75, 0.0, 0.0]
+    optimizer.step()  # without gradients: no update, the rate stays
+    assert param_group["lr"] == 0.125
+    halving.embedding.lr = 0.5
+    step(halving, optimizer)
+    assert moved(halving, before) == [2.25, 0.0, 0.0]
+
+
+def test_a_rate_that_is_set_goes_before_the_schedule_until_it_is_taken_back(halving: Embedding) -> None:
+    optimizer = SparseOptimizer(halving)
+    (param_group,) = optimizer.param_groups
+    before = stored(halving)
+    step(halving, optimizer)
+    param_group["lr"] = 4.0
+    step(halving, optimizer, 2)
+    assert (param_group["lr"], param_group["scheduled_lr"]) == (4.0, 0.5)
+    assert moved(halving, before) == [9.0, 0.0, 0.0]
+    param_group["lr"] = param_group["scheduled_lr"]
+    step(halving, optimizer)  # the fourth update of the group
+    assert moved(halving, before) == [9.125, 0.0, 0.0]
+    assert param_group["lr"] == 0.0625
+
+
+def test_a_scheduler_of_torch_goes_before_the_schedule(halving: Embedding) -> None:
+    optimizer = SparseOptimizer(halving)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 + epoch)
+    before = stored(halving)
+    for _ in range(3):
+        step(halving, optimizer)
+        scheduler.step()
+    assert moved(halving, before) == [1.0 + 2.0 + 3.0, 0.0, 0.0]
+
+
+def test_a_state_dict_remembers_whether_the_schedule_is_followed(halving: Embedding) -> None:
+    optimizer = SparseOptimizer(halving)
+    step(halving, optimizer)
+    following = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    optimizer.param_groups[0]["lr"] = 2.0
+    overridden = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    before = stored(halving)
+    other = SparseOptimizer(halving)
+    other.load_state_dict(following)
+    step(halving, other)
+    assert moved(halving, before) == [0.5, 0.0, 0.0]
+    other.load_state_dict(overridden)
+    step(halving, other)
+    assert moved(halving, before) == [2.5, 0.0, 0.0]
+
+
+def test_a_function_that_ends_with_the_training_does_not_spoil_the_last_step(storage: de.Storage) -> None:
+    module = Embedding(storage, group="item", dimension=DIMENSION, optimizer=de.SGD(lr=[1.0, 0.5].__getitem__))
+    optimizer = SparseOptimizer(module)
+    before = stored(module)
+    step(module, optimizer, 2)
+    assert moved(module, before) == [1.5, 0.0, 0.0]
+    module(torch.tensor([1])).sum().backward()
+    with pytest.raises(IndexError):
+        optimizer.step()
+    assert moved(module, before) == [1.5, 0.0, 0.0]
+
+
+def test_when_one_schedule_raises_no_group_is_updated(storage: de.Storage, item: Embedding) -> None:
+    def raises(step: int) -> float:
+        if step == 0:
+            return 1.0
+        raise KeyError("no rate")
+
+    user = Embedding(storage, group="user", dimension=DIMENSION, optimizer=de.SGD(lr=raises))
+    optimizer = SparseOptimizer([item, user])
+    for module in (item, user):
+        module(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    before = stored(item)
+    for module in (item, user):
+        module(torch.tensor([1])).sum().backward()
+    for _ in range(2):
+        with pytest.raises(KeyError, match="no rate"):
+            optimizer.step()
+    assert item.embedding.step == user.embedding.step == 1
+    assert moved(item, before) == [0.0, 0.0, 0.0]
+
+
 # ------------------------------------------- gradients that torch's tools see
 
 

@@ -10,11 +10,7 @@ from damo_embedding.optimizers.adagrad import Adagrad, RowWiseAdagrad
 from damo_embedding.optimizers.adam import Adam, AdamW, AMSGrad, BiasCorrection
 from damo_embedding.optimizers.ftrl import FTRL
 from damo_embedding.optimizers.lion import Lion
-from damo_embedding.optimizers.optimizer import _BELOW_ONE as _BELOW_ONE  # the checks of numbers, for
-from damo_embedding.optimizers.optimizer import _MAX_FLOAT as _MAX_FLOAT  # whatever else takes some
-from damo_embedding.optimizers.optimizer import _MIN_FLOAT as _MIN_FLOAT
-from damo_embedding.optimizers.optimizer import Optimizer as Optimizer
-from damo_embedding.optimizers.optimizer import _number as _number
+from damo_embedding.optimizers.optimizer import Optimizer
 from damo_embedding.optimizers.rmsprop import RMSprop
 from damo_embedding.optimizers.sgd import SGD
 

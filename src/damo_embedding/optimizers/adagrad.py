@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from damo_embedding.optimizers.optimizer import _MAX_FLOAT, _MIN_FLOAT, Optimizer
+from damo_embedding.optimizers.optimizer import Optimizer
+from damo_embedding.schedules import LearningRate
+from damo_embedding.settings import _MAX_FLOAT, _MIN_FLOAT
 
 __all__ = ["Adagrad", "RowWiseAdagrad"]
 
@@ -15,14 +17,14 @@ __all__ = ["Adagrad", "RowWiseAdagrad"]
 class _AdagradSettings(Optimizer):
     """The settings of both, checked."""
 
-    lr: float = 1e-2
+    lr: LearningRate = 1e-2
     lr_decay: float = 0.0
     weight_decay: float = 0.0
     initial_accumulator_value: float = 0.0
     eps: float = 1e-10
 
     def __post_init__(self) -> None:
-        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take_lr()
         self._take("lr_decay", 0.0, _MAX_FLOAT)
         self._take("weight_decay", 0.0, _MAX_FLOAT)
         self._take("initial_accumulator_value", 0.0, _MAX_FLOAT)
@@ -30,7 +32,7 @@ class _AdagradSettings(Optimizer):
 
     def _settings(self) -> dict[str, float]:
         return {
-            "lr": self.lr,
+            "lr": self._rate(),
             "lr_decay": self.lr_decay,
             "weight_decay": self.weight_decay,
             "initial_accumulator_value": self.initial_accumulator_value,
@@ -51,7 +53,7 @@ class Adagrad(_AdagradSettings):
     counts the row's updates, where torch counts those of the whole table.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         lr_decay: how much each update of a row lowers its rate, at least 0.
         weight_decay: L2 penalty, at least 0, added to the gradient.
         initial_accumulator_value: what `sum` starts from, at least 0.
@@ -84,7 +86,7 @@ class RowWiseAdagrad(_AdagradSettings):
     row's updates.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         lr_decay: how much each update of a row lowers its rate, at least 0.
         weight_decay: L2 penalty, at least 0, added to the gradient.
         initial_accumulator_value: what `sum` starts from, at least 0.

@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from damo_embedding.optimizers.optimizer import _MAX_FLOAT, _MIN_FLOAT, Optimizer, _beta_pair
+from damo_embedding.optimizers.optimizer import Optimizer, _beta_pair
+from damo_embedding.schedules import LearningRate
+from damo_embedding.settings import _MAX_FLOAT, _MIN_FLOAT
 
 __all__ = ["AMSGrad", "Adam", "AdamW", "BiasCorrection"]
 
@@ -17,20 +19,20 @@ BiasCorrection = Literal["row", "global"]
 class _AdamSettings(Optimizer):
     """The settings that all three have, checked."""
 
-    lr: float = 1e-3
+    lr: LearningRate = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take_lr()
         object.__setattr__(self, "betas", _beta_pair(type(self).__name__, self.betas))
         self._take("eps", _MIN_FLOAT, _MAX_FLOAT)
         self._take("weight_decay", 0.0, _MAX_FLOAT)
 
     def _settings(self) -> dict[str, float]:
         return {
-            "lr": self.lr,
+            "lr": self._rate(),
             "beta1": self.betas[0],
             "beta2": self.betas[1],
             "eps": self.eps,
@@ -57,7 +59,7 @@ class Adam(_AdamSettings):
     without a gradient does not move in either.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         betas: how much of the averages of g and g**2 an update keeps, each in [0, 1).
         eps: added to the root, above 0 (`torch.optim.Adam` takes 0 as well, and makes NaN of a gradient that
             is 0).
@@ -103,7 +105,7 @@ class AMSGrad(_AdamSettings):
     The formula of `torch.optim.Adam(amsgrad=True)` applied to every row as if it were a parameter of its own.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         betas: how much of the averages of g and g**2 an update keeps, each in [0, 1).
         eps: added to the root, above 0 (torch takes 0 as well, and makes NaN of a gradient that is 0).
         weight_decay: L2 penalty, at least 0, added to the gradient.
@@ -135,7 +137,7 @@ class AdamW(_AdamSettings):
     when it is updated, not between, so a rare row decays less than a frequent one.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         betas: how much of the averages of g and g**2 an update keeps, each in [0, 1).
         eps: added to the root, above 0 (torch takes 0 as well, and makes NaN of a gradient that is 0).
         weight_decay: what an update takes of each weight, times lr; at least 0.

@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from damo_embedding.optimizers.optimizer import _MAX_FLOAT, Optimizer
+from damo_embedding.optimizers.optimizer import Optimizer
+from damo_embedding.schedules import LearningRate
+from damo_embedding.settings import _MAX_FLOAT
 
 __all__ = ["FTRL"]
 
@@ -44,16 +46,16 @@ class FTRL(Optimizer):
     """
 
     name: ClassVar[str] = "ftrl"
-    lr: float = 5e-3
+    lr: LearningRate = 5e-3
     beta: float = 1.0
     lambda1: float = 0.0
     lambda2: float = 0.0
 
     def __post_init__(self) -> None:
-        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take_lr()
         self._take("beta", 0.0, _MAX_FLOAT)
         self._take("lambda1", 0.0, _MAX_FLOAT)
         self._take("lambda2", 0.0, _MAX_FLOAT)
 
     def _settings(self) -> dict[str, float]:
-        return {"lr": self.lr, "beta": self.beta, "lambda1": self.lambda1, "lambda2": self.lambda2}
+        return {"lr": self._rate(), "beta": self.beta, "lambda1": self.lambda1, "lambda2": self.lambda2}

@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from damo_embedding.optimizers.optimizer import _MAX_FLOAT, Optimizer, _beta_pair
+from damo_embedding.optimizers.optimizer import Optimizer, _beta_pair
+from damo_embedding.schedules import LearningRate
+from damo_embedding.settings import _MAX_FLOAT
 
 __all__ = ["Lion"]
 
@@ -36,18 +38,18 @@ class Lion(Optimizer):
     """
 
     name: ClassVar[str] = "lion"
-    lr: float = 1e-4
+    lr: LearningRate = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take_lr()
         object.__setattr__(self, "betas", _beta_pair("Lion", self.betas))
         self._take("weight_decay", 0.0, _MAX_FLOAT)
 
     def _settings(self) -> dict[str, float]:
         return {
-            "lr": self.lr,
+            "lr": self._rate(),
             "beta1": self.betas[0],
             "beta2": self.betas[1],
             "weight_decay": self.weight_decay,

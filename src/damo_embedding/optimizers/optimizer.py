@@ -3,31 +3,14 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from typing import ClassVar
+from typing import cast
 
 import numpy as np
 
+from damo_embedding.schedules import LearningRate, _base_lr, _learning_rate
+from damo_embedding.settings import _BELOW_ONE, Described, _number
+
 __all__ = ["Optimizer"]
-
-_MAX_FLOAT = 3.4028234663852886e38  # the largest float32
-_MIN_FLOAT = 1.1754943508222875e-38  # the smallest normal float32
-_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
-
-
-def _number(owner: str, name: str, value: object, lowest: float, highest: float) -> float:
-    """`value` as a float in [lowest, highest]; bool, str and the like are a TypeError, NaN a ValueError."""
-    # NumPy's bool is not a numbers.Real, Python's is.
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"[{owner}] {name} is {value!r} ({type(value).__name__}), expected a number")
-    try:
-        number = float(value)
-    except OverflowError:  # an int beyond the largest double, of either sign
-        number = math.inf
-    if not lowest <= number <= highest:
-        raise ValueError(f"[{owner}] {name} is {value!r}, expected a number in [{lowest:.8g}, {highest:.8g}]")
-    return number
 
 
 def _flag(owner: str, name: str, value: object) -> bool:
@@ -47,21 +30,21 @@ def _beta_pair(owner: str, betas: object) -> tuple[float, float]:
     return beta1, beta2
 
 
-class Optimizer:
+class Optimizer(Described):
     """What the optimizers have in common. Take one of them; this class is for `isinstance`."""
 
-    name: ClassVar[str]
-    """The optimizer's name in the core, the manifest and the docs: "adam"."""
-    lr: float
+    lr: LearningRate
+
+    def _take_lr(self) -> None:
+        object.__setattr__(self, "lr", _learning_rate(type(self).__name__, "lr", self.lr))
+
+    def _rate(self) -> float:
+        """The rate for the core: of a schedule where it starts, of a function of the step the default."""
+        return _base_lr(self.lr, otherwise=cast(float, type(self).lr))
 
     def _settings(self) -> dict[str, float]:
-        """What the core's optimizer of this name takes."""
-        raise NotImplementedError
-
-    def _take(self, field: str, lowest: float, highest: float) -> None:
-        """Checks a field and keeps it as a float."""
-        value = _number(type(self).__name__, field, getattr(self, field), lowest, highest)
-        object.__setattr__(self, field, value)
+        """What the core takes: the fields."""
+        return {**super()._settings(), "lr": self._rate()}
 
     def _take_flag(self, field: str) -> None:
         """Checks a field and keeps it as a bool."""

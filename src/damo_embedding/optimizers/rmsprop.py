@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from damo_embedding.optimizers.optimizer import _BELOW_ONE, _MAX_FLOAT, _MIN_FLOAT, Optimizer
+from damo_embedding.optimizers.optimizer import Optimizer
+from damo_embedding.schedules import LearningRate
+from damo_embedding.settings import _BELOW_ONE, _MAX_FLOAT, _MIN_FLOAT
 
 __all__ = ["RMSprop"]
 
@@ -29,7 +31,7 @@ class RMSprop(Optimizer):
     is below 0 by rounding it is taken as 0; torch makes NaN of it.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         alpha: how much of the averages an update keeps, in [0, 1).
         eps: added to the root, above 0 (torch takes 0 as well, and makes NaN of a gradient that is 0).
         weight_decay: L2 penalty, at least 0, added to the gradient.
@@ -48,7 +50,7 @@ class RMSprop(Optimizer):
     """
 
     name: ClassVar[str] = "rmsprop"
-    lr: float = 1e-2
+    lr: LearningRate = 1e-2
     alpha: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -56,7 +58,7 @@ class RMSprop(Optimizer):
     centered: bool = False
 
     def __post_init__(self) -> None:
-        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take_lr()
         self._take("alpha", 0.0, _BELOW_ONE)
         self._take("eps", _MIN_FLOAT, _MAX_FLOAT)
         self._take("weight_decay", 0.0, _MAX_FLOAT)
@@ -65,7 +67,7 @@ class RMSprop(Optimizer):
 
     def _settings(self) -> dict[str, float]:
         return {
-            "lr": self.lr,
+            "lr": self._rate(),
             "alpha": self.alpha,
             "eps": self.eps,
             "weight_decay": self.weight_decay,

@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from damo_embedding.optimizers.optimizer import _BELOW_ONE, _MAX_FLOAT, Optimizer
+from damo_embedding.optimizers.optimizer import Optimizer
+from damo_embedding.schedules import LearningRate
+from damo_embedding.settings import _BELOW_ONE, _MAX_FLOAT
 
 __all__ = ["SGD"]
 
@@ -24,7 +26,7 @@ class SGD(Optimizer):
     a row between its updates. torch's momentum does, for rows it has seen.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
         momentum: how much of the buffer an update keeps, in [0, 1). 0: there is no buffer.
         dampening: what a gradient's share in the buffer lacks of 1, in [0, 1]. Above 0 it needs momentum.
         weight_decay: L2 penalty, at least 0, added to the gradient.
@@ -43,14 +45,14 @@ class SGD(Optimizer):
     """
 
     name: ClassVar[str] = "sgd"
-    lr: float = 1e-3
+    lr: LearningRate = 1e-3
     momentum: float = 0.0
     dampening: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        self._take("lr", 0.0, _MAX_FLOAT)
+        self._take_lr()
         self._take("momentum", 0.0, _BELOW_ONE)
         self._take("dampening", 0.0, 1.0)
         self._take("weight_decay", 0.0, _MAX_FLOAT)
@@ -65,7 +67,7 @@ class SGD(Optimizer):
 
     def _settings(self) -> dict[str, float]:
         return {
-            "lr": self.lr,
+            "lr": self._rate(),
             "momentum": self.momentum,
             "dampening": self.dampening,
             "weight_decay": self.weight_decay,

@@ -25,7 +25,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     `torch.nn.utils.clip_grad_norm_` work with it.
 
     `param_groups` has one entry a group of rows: `lr`, which a step uses (it starts as that of the group's
-    optimizer), `name`, and in `params` a stand-in whose `grad` has a row for each distinct key.
+    optimizer), `name`, and in `params` a stand-in whose `grad` has a row for each distinct key. Where the
+    group's optimizer has a schedule, `lr` follows it, and shows the rate of the next step, until somebody sets
+    it to another number, as learning-rate schedulers do; `scheduled_lr` is what the schedule says.
 
     A step applies each gradient once: after it none is left, with or without `zero_grad()`. A step that
     raises, because a gradient is NaN, say, applies nothing; `zero_grad()` then drops the gradients.
@@ -47,7 +49,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         stand_ins = [RowGradients.of(Pending(group)) for group in found]
         super().__init__(
             [
-                {"params": [stand_in], "lr": group.embedding.lr, "name": group.label}
+                {"params": [stand_in], **_rate(group), "name": group.label}
                 for group, stand_in in zip(found, stand_ins, strict=True)
             ],
             {},
@@ -83,10 +85,23 @@ class SparseOptimizer(torch.optim.Optimizer):
                         f'[step] group "{pending.group.label}" has a newer SparseOptimizer; use that one'
                     )
                 if pending.items:
-                    updates[pending.group] = (pending.items, float(param_group["lr"]))
+                    lr = None if _follows_schedule(param_group) else float(param_group["lr"])
+                    updates[pending.group] = (pending.items, lr)
         backward_pass.apply(updates)
         self.zero_grad()
+        self._show_rates()
         return loss
+
+    def _show_rates(self) -> None:
+        for param_group in self.param_groups:
+            if not _follows_schedule(param_group):
+                continue
+            group = param_group["params"][0].pending.group
+            try:
+                param_group["lr"] = param_group["scheduled_lr"] = group.embedding.lr
+            except Exception:
+                # The updates are done. Whoever makes the next one, if there is one, meets the same error there.
+                continue
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients that no step has applied."""
@@ -102,6 +117,16 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> NoReturn:
         raise no_copy(self, self.parameters()[0].pending.group.storage)
+
+
+def _rate(group: Group) -> dict[str, float]:
+    lr = group.embedding.lr
+    return {"lr": lr} if group.embedding.schedule is None else {"lr": lr, "scheduled_lr": lr}
+
+
+def _follows_schedule(param_group: dict[str, Any]) -> bool:
+    """Whether nobody has set another rate. In the state, so that a training that goes on knows it, too."""
+    return "scheduled_lr" in param_group and float(param_group["lr"]) == param_group["scheduled_lr"]
 
 
 def _groups_of(modules: list[torch.nn.Module]) -> list[Group]:

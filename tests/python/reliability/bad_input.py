@@ -46,7 +46,8 @@ def values() -> list[Any]:
         np.ones((2, DIMENSION)), np.ones((2, DIMENSION), np.float16), np.ones((2, DIMENSION), np.int64),
         np.ones((2, DIMENSION), f32), np.ones((2, DIMENSION), ">f4"), np.ones((2, DIMENSION + 1), f32),
         np.ones((3, DIMENSION), f32), np.ones((DIMENSION, 2), f32).T, np.ones((2, 2 * DIMENSION), f32)[:, ::2],
-        np.ones(2 * DIMENSION, f32), np.ones((2, DIMENSION, 1), f32), np.ones((0, DIMENSION), f32), broken, np.full_like(broken, -np.inf),
+        np.ones(2 * DIMENSION, f32), np.ones((2, DIMENSION, 1), f32), np.ones((0, DIMENSION), f32), broken,
+            np.full_like(broken, -np.inf),
         locked, np.ma.masked_array([1, 2], [True, False]), np.ones((2, 2), np.int64).view(np.recarray),
         de.SGD(lr=0.1), de.Adam(lr=0.1), de.Uniform(-1.0, 1.0), de.Zeros(), de.SGD, de.Zeros, de.StorageError("x"),
     ]  # fmt: skip
