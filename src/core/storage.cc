@@ -506,6 +506,7 @@ void Storage::build_presence() {
 }
 
 uint64_t Storage::cut_log() {
+  const std::lock_guard cutting(cutting_);
   StorageCounters start;
   if (planted("log cut without a cut")) {
     const std::lock_guard order(order_);

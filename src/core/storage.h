@@ -232,7 +232,8 @@ class Storage {
   std::map<uint32_t, Table*> tables_by_id_;  // changed under the structure lock too
   std::atomic<uint32_t> next_table_id_{1};   // the manifest's; changed under the structure lock too
   std::optional<CommitRecord> last_commit_;
-  std::mutex opening_;                              // one table() or drop_group() at a time; before the order lock
+  std::mutex cutting_;  // one cut_log() at a time, which saves a file; after opening_, before the others
+  std::mutex opening_;  // one table() or drop_group() at a time; before the order lock
   std::vector<std::unique_ptr<Table>> dropped_;     // their owners may still call them, and get an error
   std::atomic<int64_t> clock_{0};                   // of the last operation; 0: there was none
   std::atomic<int64_t> given_now_{kBeforeAllTime};  // what the user set
