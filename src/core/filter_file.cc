@@ -131,10 +131,12 @@ void FilterFile::read() {
     throw_damaged(path_, got, "the file ends inside its head, which has " + std::to_string(kHeadBytes) + " bytes");
   ByteReader fields(head, path_.string());
   fields.take(kMagic.size());
+  // Before the checksum, for a newer version may have another one: so a flipped bit comes here, too.
   const auto version = fields.get<uint32_t>();
   if (version > kVersion)
-    throw CorruptionError("[open] " + path_.string() + " was written by a newer version: filter format " +
-                          std::to_string(version) + ", this version reads up to " + std::to_string(kVersion));
+    throw CorruptionError("[open] " + path_.string() + " has filter format " + std::to_string(version) +
+                          " at offset 8, this version reads up to " + std::to_string(kVersion) +
+                          ": it was written by a newer version, then upgrade damo-embedding, or it is damaged");
   if (version == 0) throw_damaged(path_, kMagic.size(), "filter format 0");
   fields.take(4);  // reserved, under the checksum
   FilterSettings stored;
