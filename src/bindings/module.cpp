@@ -6,6 +6,7 @@
 namespace nb = nanobind;
 
 void bind_errors(nb::module_& m);
+void bind_filters(nb::module_& m);
 void bind_hash_keys(nb::module_& m);
 void bind_optimizers(nb::module_& m);
 void bind_schedules(nb::module_& m);
@@ -17,6 +18,7 @@ NB_MODULE(_core, m) {
       false);  // objects that live until the interpreter ends are no leak, and a library does not print
   m.doc() = "The C++ core of damo_embedding. Private: use damo_embedding's own names.";
   bind_errors(m);
+  bind_filters(m);
   bind_hash_keys(m);
   bind_optimizers(m);
   bind_schedules(m);

@@ -2,16 +2,8 @@
 #include "directory.h"
 #include "planted.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <cinttypes>
 #include <cstdio>
-#include <ctime>
-#include <mutex>
-#include <set>
-#include <tuple>
 
 namespace damo {
 namespace {
@@ -19,27 +11,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::string_view kPrefix = "generation-";
-
-// A POSIX lock is the process's own: it neither keeps out a second open in the same process, nor survives the
-// closing of *any* descriptor of the file. So this process's open directories are listed here, and asked first.
-struct OpenDirectories {
-  std::mutex mutex;
-  std::set<std::tuple<pid_t, uint64_t, uint64_t>>
-      held;  // with the pid: a forked child inherits the list, not the locks
-};
-OpenDirectories& open_directories() {
-  static OpenDirectories directories;
-  return directories;
-}
-
-std::string holder_text() {
-  char host[256] = "?", since[64] = "?";
-  gethostname(host, sizeof host - 1);
-  const std::time_t now = std::time(nullptr);
-  std::tm utc{};
-  if (gmtime_r(&now, &utc) != nullptr) std::strftime(since, sizeof since, "%Y-%m-%d %H:%M:%S UTC", &utc);
-  return "process " + std::to_string(getpid()) + " on " + host + " since " + since;
-}
 
 std::string checksum_text(std::string_view name) {
   char text[20];
@@ -110,66 +81,24 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
     throw StorageError("[create] " + shown +
                        " is a storage already: open it with Storage.open(path), or give another directory");
 
-  struct stat info {};
-  if (::stat(path_.c_str(), &info) != 0) throw_system_error("open", path_);
-  device_ = static_cast<uint64_t>(info.st_dev);
-  inode_ = static_cast<uint64_t>(info.st_ino);
-  OpenDirectories& open = open_directories();
-  const std::lock_guard guard(open.mutex);
-  if (open.held.contains({getpid(), device_, inode_}))
-    throw AlreadyOpenError("[open] " + shown + " is open in this process already (process " + std::to_string(getpid()) +
-                           "): use that Storage, or close it first");
   try {
-    lock_ = FileDescriptor("open", path_ / "LOCK", O_RDWR | O_CREAT);
+    lock_.emplace(path_ / "LOCK", FileLock::Words{shown, "Storage", "directory"});
   } catch (const StorageError& refused) {
     throw StorageError(std::string(refused.what()) + ": a storage needs a directory it may write to");
   }
-  struct flock whole {};
-  whole.l_type = F_WRLCK;
-  whole.l_whence = SEEK_SET;
-  if (fcntl(lock_.get(), F_SETLK, &whole) != 0) {
-    if (errno != EACCES && errno != EAGAIN) throw_system_error("open", path_ / "LOCK");
-    std::string holder(512, '\0');
-    holder.resize(lock_.read_at(std::as_writable_bytes(std::span(holder)), 0));
-    throw AlreadyOpenError("[open] " + shown + " is open elsewhere" + (holder.empty() ? "" : ": " + holder) +
-                           "; close it there, or open another directory");
+  // Another process may have made it between the look at it and the lock.
+  if (!has_current && fs::exists(path_ / "CURRENT")) {
+    has_current = true;
+    if (mode == OpenMode::kCreate)
+      throw StorageError("[create] " + shown +
+                         " was made by another process meanwhile: open it with Storage.open(path)");
   }
-  const std::string holder = holder_text();
-  lock_.truncate(0);
-  lock_.write_at(std::as_bytes(std::span(holder)), 0);
-  open.held.insert({getpid(), device_, inode_});
-  registered_ = true;
-  try {
-    // Another process may have made it between the look at it and the lock.
-    if (!has_current && fs::exists(path_ / "CURRENT")) {
-      has_current = true;
-      if (mode == OpenMode::kCreate)
-        throw StorageError("[create] " + shown +
-                           " was made by another process meanwhile: open it with Storage.open(path)");
-    }
-    is_new_ = !has_current;
-    if (is_new_) {
-      write_file_atomically(path_ / "CREATING", std::string_view{});
-    } else if (creating) {
-      fs::remove(path_ / "CREATING");
-    }
-  } catch (...) {
-    open.held.erase({getpid(), device_, inode_});
-    registered_ = false;
-    throw;
+  is_new_ = !has_current;
+  if (is_new_) {
+    write_file_atomically(path_ / "CREATING", std::string_view{});
+  } else if (creating) {
+    fs::remove(path_ / "CREATING");
   }
-}
-
-StorageDirectory::~StorageDirectory() { unlock(); }
-
-void StorageDirectory::unlock() noexcept {
-  if (!registered_) return;
-  OpenDirectories& open = open_directories();
-  const std::lock_guard guard(open.mutex);
-  registered_ = false;
-  // In a forked child neither the list nor the lock is ours.
-  if (open.held.erase({getpid(), device_, inode_}) == 0) return;
-  lock_ = FileDescriptor();
 }
 
 fs::path StorageDirectory::generation() const {

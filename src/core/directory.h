@@ -12,9 +12,11 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "file.h"
+#include "file_lock.h"
 
 namespace damo {
 
@@ -28,7 +30,6 @@ class StorageDirectory {
   // Takes the lock. AlreadyOpenError names the holder; StorageError: not ours, absent (kOpen), already a
   // storage (kCreate), not a directory, not writable. A creation that was interrupted starts again.
   StorageDirectory(const std::filesystem::path& path, OpenMode mode);
-  ~StorageDirectory();
   StorageDirectory(const StorageDirectory&) = delete;
   StorageDirectory& operator=(const StorageDirectory&) = delete;
 
@@ -43,13 +44,11 @@ class StorageDirectory {
   void remove_stale_generations();
 
   // Gives the lock up. Idempotent.
-  void unlock() noexcept;
+  void unlock() noexcept { lock_.reset(); }
 
  private:
   std::filesystem::path path_;
-  FileDescriptor lock_;
-  uint64_t device_ = 0, inode_ = 0;
-  bool registered_ = false;
+  std::optional<FileLock> lock_;
   bool is_new_ = false;
 };
 

@@ -16,6 +16,7 @@ from damo_embedding.errors import (
     SchemaMismatchError,
     StorageError,
 )
+from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.hashing import hash_keys
 from damo_embedding.initializers import (
     Constant,
@@ -69,6 +70,7 @@ __all__ = [
     "Constant",
     "CorruptionError",
     "CosineDecay",
+    "CountingBloomFilter",
     "DamoError",
     "Embedding",
     "ExponentialDecay",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from damo_embedding import _core
 from damo_embedding.errors import SchemaMismatchError
 from damo_embedding.initializers import Initializer
+from damo_embedding.keys import Keys, parse_keys
 from damo_embedding.lifetimes import Steps, Ttl, parse_ttl, show_ttl
 from damo_embedding.optimizers import Optimizer
 from damo_embedding.schedules import LearningRate, _learning_rate
@@ -21,7 +22,6 @@ from damo_embedding.storage import Storage
 
 __all__ = ["Embedding", "RowInfo", "Rows"]
 
-Keys = npt.ArrayLike
 Floats = npt.NDArray[np.float32]
 
 
@@ -48,22 +48,6 @@ class Rows:
     state: dict[str, Floats]  # by name: [n, dimension], or [n, 1] for one float a row
     update_counts: npt.NDArray[np.uint32]  # [n]
     last_updates: npt.NDArray[np.int64]  # [n], seconds since 1970
-
-
-def _keys(operation: str, keys: Keys) -> npt.NDArray[np.uint64]:
-    """Keys as a C-contiguous uint64 array of the same shape; the bits of int64 are kept."""
-    array = np.asarray(keys)
-    if array.size == 0 and array.dtype == np.float64 and not isinstance(keys, np.ndarray):
-        array = array.astype(np.int64)  # an empty list has no type
-    if array.dtype not in (np.dtype(np.int64), np.dtype(np.uint64)):
-        if array.dtype.kind in "iu" and array.dtype.isnative:
-            array = array.astype(np.int64)  # narrower integers widen without loss
-        else:
-            raise TypeError(
-                f"[{operation}] keys have dtype {array.dtype}, expected int64 or uint64:"
-                " make ids of other values with hash_keys"
-            )
-    return np.ascontiguousarray(array).view(np.uint64).reshape(array.shape)
 
 
 class Embedding:
@@ -245,7 +229,7 @@ class Embedding:
             ValueError: `out` has another shape, or is not contiguous or not writable.
             CorruptionError, StorageError: A row could not be read; `out` is then unspecified.
         """
-        array = _keys("lookup", keys)
+        array = parse_keys("lookup", keys)
         if missing not in ("initial", "zeros"):
             raise ValueError(f'[lookup] missing is {missing!r}, expected "initial" or "zeros"')
         shape = (*array.shape, self.dimension)
@@ -283,7 +267,7 @@ class Embedding:
                 applied.
             StorageError: The log or the disk could not be written: docs/errors.md says what to do.
         """
-        array = _keys("apply_gradients", keys)
+        array = parse_keys("apply_gradients", keys)
         rate = None if lr is None else _number("apply_gradients", "lr", lr, 0.0, _MAX_FLOAT)
         grads = np.asarray(gradients)
         shape = (*array.shape, self.dimension)
@@ -306,11 +290,11 @@ class Embedding:
         A hint: keys without a row get none, an error is left to the lookup that meets it, and of more than
         four waiting calls the oldest is dropped.
         """
-        self._table.prefetch(_keys("prefetch", keys).reshape(-1))
+        self._table.prefetch(parse_keys("prefetch", keys).reshape(-1))
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Whether each key has a row; bool of the keys' shape. Changes nothing."""
-        array = _keys("contains", keys)
+        array = parse_keys("contains", keys)
         out = np.empty(array.shape, dtype=np.bool_)
         self._table.contains(array.reshape(-1), out.reshape(-1))
         return out
@@ -321,7 +305,7 @@ class Embedding:
         An erased key that is looked up again starts from its first weights, update count 0. The disk space
         comes back when RocksDB next merges its files.
         """
-        return self._table.erase(_keys("erase", keys).reshape(-1))
+        return self._table.erase(parse_keys("erase", keys).reshape(-1))
 
     def import_rows(
         self,
@@ -351,7 +335,7 @@ class Embedding:
             >>> for part in old.scan():  # doctest: +SKIP
             ...     new.import_rows(part.keys, part.weights, part.state, part.update_counts)
         """
-        array = _keys("import_rows", keys)
+        array = parse_keys("import_rows", keys)
         if array.ndim != 1:
             raise ValueError(f"[import_rows] keys have shape {array.shape}, expected one dimension")
         n = len(array)

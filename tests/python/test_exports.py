@@ -43,7 +43,7 @@ def test_every_public_name_is_documented(name: str) -> None:
     assert thing.__doc__, f"{name} has no docstring"
 
 
-@pytest.mark.parametrize("name", ["Storage", "Embedding"])
+@pytest.mark.parametrize("name", ["Storage", "Embedding", "CountingBloomFilter"])
 def test_every_public_method_is_documented(name: str) -> None:
     methods = {key: value for key, value in vars(getattr(de, name)).items() if not key.startswith("_")}
     assert not [key for key, value in methods.items() if not getattr(value, "__doc__", None)]
