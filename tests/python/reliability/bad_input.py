@@ -108,6 +108,11 @@ def either(*rules: Rule) -> Rule:
     return lambda value: any(rule(value) for rule in rules)
 
 
+def rate(value: Any) -> bool:
+    """A number, or what can be called with a step: what it gives is looked at when it is asked."""
+    return number(0, 3.4e38)(value) or (callable(value) and not isinstance(value, type))
+
+
 def size(value: Any) -> bool:
     """Bytes of a budget that is refused neither as too small nor as too large."""
     if isinstance(value, str):
@@ -244,10 +249,11 @@ class BadInput(Suite):
             Argument("erase(keys)", embedding.erase, keys),
             Argument("inspect(key)", embedding.inspect, integer(-(2**63), MANY - 1)),
             Argument("scan(batch)", embedding.scan, integer(1, 2**24)),
-            Argument("lr", lambda value: setattr(embedding, "lr", value), number(0, 3.4e38)),
+            Argument("lr", lambda value: setattr(embedding, "lr", value), rate),
             Argument(
                 "hash_keys(field)", lambda value: de.hash_keys(value, ["a"]), lambda value: isinstance(value, str)
             ),
+            Argument("schedule(step)", de.CosineDecay(lr=0.1, decay_steps=10), integer(0, MANY - 1)),
             Argument("hash_keys(seed)", lambda value: de.hash_keys("f", ["a"], seed=value), integer(0, MANY - 1)),
         ]
         make: dict[str, Any] = {
@@ -271,15 +277,16 @@ class BadInput(Suite):
             for name, rule in rules.items()
         ]
         for kind, arguments in (
-            (de.SGD, {"lr": number(0, 3.4e38), "weight_decay": number(0, 3.4e38)}),
+            (de.SGD, {"lr": rate, "weight_decay": number(0, 3.4e38)}),
             (
                 de.Adagrad,
-                {name: number(0, 3.4e38) for name in ("lr", "eps", "weight_decay", "initial_accumulator_value")},
+                {"lr": rate}
+                | {name: number(0, 3.4e38) for name in ("eps", "weight_decay", "initial_accumulator_value")},
             ),
             (
                 de.Adam,
                 {
-                    "lr": number(0, 3.4e38),
+                    "lr": rate,
                     "eps": number(0, 3.4e38),
                     "weight_decay": number(0, 3.4e38),
                     "betas": nothing,
@@ -289,8 +296,24 @@ class BadInput(Suite):
             (de.Constant, {"value": number(-3.4e38, 3.4e38)}),
             (de.Uniform, {"low": number(-3.4e38, 3.4e38), "high": number(-3.4e38, 3.4e38)}),
             (de.Normal, {"mean": number(-1e37, 1e37), "std": number(0, 1e37)}),
+            (de.XavierUniform, {"gain": number(0, 1e37)}),
+            (de.KaimingNormal, {"a": number(0, 1e37)}),
+            (
+                de.PolynomialDecay,
+                {"decay_steps": integer(1, 2**53)} | {name: number(0, 3.4e38) for name in ("lr", "end_lr", "power")},
+            ),
+            (de.ExponentialDecay, {"decay_rate": number(0, 3.4e38)}),
+            (
+                de.LinearWarmup,
+                {"warmup_steps": integer(1, 2**53), "then": rate, "start_lr": number(0, 3.4e38)},
+            ),
         ):
-            needed = {"low": -1.0, "high": 1.0} if kind is de.Uniform else {}
+            needed: dict[str, Any] = {
+                de.Uniform: {"low": -1.0, "high": 1.0},
+                de.PolynomialDecay: {"lr": 0.1, "decay_steps": 10},
+                de.ExponentialDecay: {"lr": 0.1, "decay_steps": 10, "decay_rate": 0.5},
+                de.LinearWarmup: {"warmup_steps": 10, "then": 0.1},
+            }.get(kind, {})
             for argument, rule in arguments.items():
 
                 def build(value: Any, kind: Any = kind, argument: str = argument, needed: Any = needed) -> Any:
