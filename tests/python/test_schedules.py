@@ -384,6 +384,17 @@ def test_another_schedule_may_be_given_in_the_next_run(path: Path) -> None:
             assert embedding.lookup(K)[0, 0] == pytest.approx(-total, rel=1e-6)
 
 
+def test_a_group_made_anew_after_it_was_dropped_has_the_rate_it_is_opened_with(storage: de.Storage) -> None:
+    old = sgd(storage, de.CosineDecay(lr=1.0, decay_steps=10))
+    old.apply_gradients(K, ONES)
+    storage.drop_group(7)
+    new = sgd(storage, rate)
+    assert (new.lr, new.step, new.schedule) == (1.0, 0, rate)
+    assert trained(new, 2) == 1.5
+    with pytest.raises(ValueError, match=r"group 7 was dropped"):
+        old.apply_gradients(K, ONES)
+
+
 def test_what_is_stored_is_the_rate_a_schedule_starts_from(path: Path) -> None:
     manifest = path / "generation-000001" / "MANIFEST"
 
