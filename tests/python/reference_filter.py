@@ -150,8 +150,20 @@ def load(data: bytes) -> tuple[dict[str, float], ReferenceFilter]:
     return {"capacity": capacity, "count": count, "fpr": fpr, "halve_every": halve_every}, result
 
 
-def seal_mark(data: bytes, *, boot: int | None = None) -> bytes:
-    """The file with another boot in its mark, and the mark's checksum put right."""
-    end, synced, old, _ = struct.unpack_from("<QQQQ", data, 512)
-    mark = struct.pack("<QQQ", end, synced, old if boot is None else boot)
+def seal_head(data: bytes) -> bytes:
+    """The file with the checksum of its head put right."""
+    return data[:64] + struct.pack("<Q", xxh3(0, data[:64])) + data[72:]
+
+
+def seal_mark(data: bytes, *, end: int | None = None, synced: int | None = None, boot: int | None = None) -> bytes:
+    """The file with other fields in its mark, and the mark's checksum put right."""
+    old = struct.unpack_from("<QQQ", data, 512)
+    fields = [have if given is None else given for have, given in zip(old, (end, synced, boot), strict=True)]
+    mark = struct.pack("<QQQ", *fields)
     return data[:512] + mark + struct.pack("<Q", xxh3(0, mark)) + data[544:]
+
+
+def seal_record(data: bytes, at: int, keys: int, num: int, reserved: int) -> bytes:
+    """The file with other fields in the record at `at`, which has 20 keys, and its checksum put right."""
+    head, body = struct.pack("<QII", keys, num, reserved), data[at + 24 : at + 24 + 160]
+    return data[:at] + head + struct.pack("<Q", xxh3(at, head + body)) + data[at + 24 :]

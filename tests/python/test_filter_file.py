@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import damo_embedding as de
-from reference_filter import load, seal_mark
+from reference_filter import load, seal_head, seal_mark, seal_record
 
 SETTINGS: dict[str, Any] = {"capacity": 300, "count": 2, "fpr": 1e-2, "halve_every": 500}
 START = 4096 + 4096 + 8  # of the log, with these settings
+END = 2**64 - 1
 
 
 @pytest.fixture
@@ -143,6 +144,36 @@ def test_a_path_that_cannot_be_a_file_is_a_storage_error(tmp_path: Path) -> None
             with pytest.raises(de.StorageError, match=r"\[open\]"):
                 open_file(path, reload=reload)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_a_newer_version_is_refused_with_the_advice_to_upgrade(file: Path, whole: bytes) -> None:
+    newer = seal_head(whole[:8] + b"\2" + whole[9:])
+    file.write_bytes(newer)
+    with pytest.raises(de.CorruptionError, match=r"has filter format 2 at offset 8, .* then upgrade damo-embedding"):
+        open_file(file)
+    assert file.read_bytes() == newer
+
+
+def test_one_whose_layout_is_not_that_of_its_settings_is_refused(file: Path, whole: bytes) -> None:
+    for at in (28, 48):  # counters per line, pages
+        file.write_bytes(seal_head(whole[:at] + bytes([whole[at] + 1]) + whole[at + 1 :]))
+        with pytest.raises(de.CorruptionError, match="a layout that is not the one of its settings"):
+            open_file(file)
+
+
+def test_a_mark_or_a_record_that_cannot_be_is_refused_though_its_checksum_agrees(file: Path, whole: bytes) -> None:
+    end = len(whole)
+    marks = [(end + 8, end), (end, end + 8), (end, START - 8), (END, END), (end - 8, end - 8), (START - 1, START - 1)]
+    for new_end, synced in marks:
+        file.write_bytes(seal_mark(whole, end=new_end, synced=synced))
+        with pytest.raises(de.CorruptionError, match=r"seen\.filter is damaged at offset \d+"):
+            open_file(file)
+    for head in ((0, 1, 0), (20, 0, 0), (20, 1, 1), (65_537, 1, 0), (2**61 + 20, 1, 0), (END, 1, 0)):
+        file.write_bytes(seal_record(whole, START, *head))
+        with pytest.raises(de.CorruptionError, match=rf"damaged at offset {START}: "):
+            open_file(file)
+    file.write_bytes(seal_record(whole, START, 20, 1, 0))
+    assert open_file(file).adds == 120
 
 
 @pytest.mark.parametrize("change", [{"capacity": 301}, {"count": 3}, {"fpr": 2e-2}, {"halve_every": None}])
