@@ -23,7 +23,7 @@ class CorruptionError : public Error {
   using Error::Error;
 };
 
-// The storage holds a group of another dimension, optimizer or initializer.
+// The storage holds a group, or the file a filter, of other settings.
 class SchemaMismatchError : public Error {
  public:
   using Error::Error;

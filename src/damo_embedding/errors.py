@@ -4,10 +4,10 @@
 Exception
 └── DamoError
     ├── CorruptionError        bytes on disk are not what was written; names the file and the offset or key
-    ├── SchemaMismatchError    the storage holds a group of another dimension, optimizer or initializer
+    ├── SchemaMismatchError    the storage holds a group, or the file a filter, of other settings
     ├── StorageError           the operating system or the cold tier refused: I/O error, disk full, memory
     ├── ClosedError            used after close()
-    ├── AlreadyOpenError       another process, or another handle, has the directory open; names the holder
+    ├── AlreadyOpenError       another process, or another handle, has the directory or file open; names the holder
     └── ForkedHandleError      used in a child process after fork(); open the storage there
 
 A caller's mistake is a ValueError or a TypeError. Whatever fails leaves the storage as it was.
@@ -35,7 +35,7 @@ class CorruptionError(DamoError):
 
 
 class SchemaMismatchError(DamoError):
-    """The storage holds a group of another dimension, optimizer or initializer."""
+    """The storage holds a group, or the file a filter, of other settings."""
 
 
 class StorageError(DamoError):
@@ -43,11 +43,11 @@ class StorageError(DamoError):
 
 
 class ClosedError(DamoError):
-    """The storage was used after close()."""
+    """The storage or filter was used after close()."""
 
 
 class AlreadyOpenError(DamoError):
-    """The directory is open elsewhere."""
+    """The directory, or the filter's file, is open elsewhere."""
 
 
 class ForkedHandleError(DamoError):
