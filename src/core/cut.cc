@@ -72,8 +72,9 @@ constexpr size_t kDumpReportBytes = size_t{16} << 20;
 class DumpReport {
  public:
   DumpReport(const Storage::DumpProgress& progress, uint64_t total) : progress_(progress), total_(total) { report(0); }
-  void add_row(size_t bytes) {
-    ++done_;
+  // Rows that have expired are work, but none of those that there are.
+  void add_row(size_t bytes, bool alive) {
+    done_ += alive;
     bytes_ += bytes;
     if (bytes_ < kDumpReportBytes) return;
     bytes_ = 0;
@@ -275,8 +276,9 @@ uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions, c
     while (iterator->next()) {
       const StoredKey key = iterator->key();
       const DecodedRow row = decode_row(key, iterator->value(), shape.num_floats());
-      if (!expiry.alive(row.header.time, row.header.step)) continue;
-      report.add_row(iterator->value().size() + spec.dimension * sizeof(float));
+      const bool alive = expiry.alive(row.header.time, row.header.step);
+      report.add_row(iterator->value().size() + spec.dimension * sizeof(float), alive);
+      if (!alive) continue;
       if (row.header.update_count < conditions.min_count) continue;
       if (conditions.updated_since && row.header.time < *conditions.updated_since) continue;
       if (row.header.has_floats)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The manifest of a generation: the storage's identity and its groups. Small, rewritten whole and
-// atomically when a group is made; everything that changes with every step is in the log instead.
+// atomically before the first operation after groups were made; everything that changes with every step is in the log
+// instead.
 #pragma once
 
 #include <array>

@@ -84,6 +84,8 @@ std::unique_lock<std::mutex> Storage::begin_operation() {
   }
   std::unique_lock order(order_);
   check_writable();
+  // Before a record can name a new group; once for all that a program opens, not with two syncs for each.
+  if (manifest_changed_) save_manifest();
   // Between operations, when the counts agree with the log's last record: a segment starts with them.
   if (log_->should_rotate()) log_->rotate(encode_counters(counters()));
   return order;
@@ -295,6 +297,7 @@ void Storage::close_now() {
   if (tiers_ && log_) {
     try {
       tiers_->throw_if_failed();
+      if (manifest_changed_) save_manifest();
       cut_log();
     } catch (...) {
       // Not lost: the log has it, and the next open redoes it.
@@ -371,7 +374,7 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime) {
     for (TableSpec& spec : manifest_.tables) {
       if (spec.group != wanted.group || spec.optimizer_settings == known.spec().optimizer_settings) continue;
       spec.optimizer_settings = known.spec().optimizer_settings;
-      save_manifest();
+      manifest_changed_ = true;
     }
     if (lifetime && (*lifetime != known.spec().lifetime || !known.spec().own_lifetime)) {
       order.unlock();
@@ -384,17 +387,11 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime) {
   wanted.own_lifetime = lifetime.has_value();
   wanted.table_id = manifest_.next_table_id;
   auto table = std::make_unique<Table>(*this, wanted);
-  const Manifest before = manifest_;
   manifest_.tables.push_back(wanted);
   std::sort(manifest_.tables.begin(), manifest_.tables.end(),
             [](const TableSpec& a, const TableSpec& b) { return a.group < b.group; });
   ++manifest_.next_table_id;
-  try {
-    save_manifest();
-  } catch (...) {
-    manifest_ = before;
-    throw;
-  }
+  manifest_changed_ = true;
   const std::lock_guard structure(tiers_->structure());
   next_table_id_ = manifest_.next_table_id;
   tables_by_id_[wanted.table_id] = table.get();
@@ -434,7 +431,10 @@ void Storage::drop_group(uint32_t group) {
   note_lifetimes();
 }
 
-void Storage::save_manifest() { write_file_atomically(generation_ / "MANIFEST", encode_manifest(manifest_)); }
+void Storage::save_manifest() {
+  write_file_atomically(generation_ / "MANIFEST", encode_manifest(manifest_));
+  manifest_changed_ = false;
+}
 
 // ------------------------------------------------------------------ commit
 

@@ -180,7 +180,7 @@ class Storage {
 
   void open_generation(const std::filesystem::path& generation);
   void redo(const LogRecord& record);
-  void save_manifest();
+  void save_manifest();  // the order lock is held, or nobody else is there
   Table* table_by_id(uint32_t table_id) const;
   void settle_lifetimes();  // at open, after redo
   void change_lifetime(Table& table, const Lifetime& lifetime, bool own);
@@ -228,6 +228,7 @@ class Storage {
 
   mutable std::mutex order_;  // protects what follows, and the order of operations
   Manifest manifest_;
+  bool manifest_changed_ = false;  // since it was saved: by a group that is new or has other settings
   std::array<std::unique_ptr<Table>, kNumGroups> tables_;
   std::map<uint32_t, Table*> tables_by_id_;  // changed under the structure lock too
   std::atomic<uint32_t> next_table_id_{1};   // the manifest's; changed under the structure lock too

@@ -266,6 +266,51 @@ TEST_CASE("storage: the same group with other dimension, optimizer, initializer,
   CHECK(storage->stats().groups.size() == 1);
 }
 
+TEST_CASE("storage: groups are saved once, before the first operation after they were opened, and at close") {
+  const TemporaryDirectory directory;
+  const fs::path manifest = directory / "s" / "generation-000001" / "MANIFEST";
+  const auto saved = [&] {
+    const std::string bytes = read_file(manifest, size_t{1} << 20);
+    return decode_manifest(std::as_bytes(std::span(bytes)), "manifest").tables.size();
+  };
+  {
+    const auto storage = open(directory / "s");
+    for (uint32_t group = 0; group < 256; ++group) storage->table(spec_of(group, 1 + group));
+    CHECK(saved() == 0);
+    lookup(storage->table(spec_of(3, 4)), {1, 2}, true);
+    CHECK(saved() == 256);
+    copy_as_killed(directory / "s", directory / "killed");
+  }
+  {
+    const auto storage = open(directory / "killed");
+    CHECK(storage->stats().groups.size() == 256);
+    CHECK(storage->table(spec_of(3, 4)).size() == 2);
+    TableSpec other = spec_of(3, 4);
+    other.optimizer_settings = {{"lr", 0.25}};
+    CHECK_THROWS_AS(storage->table(other), SchemaMismatchError);
+    other.group = 4;
+    other.dimension = 5;
+    storage->table(other);  // another rate
+  }
+  const std::string bytes = read_file(directory / "killed" / "generation-000001" / "MANIFEST", size_t{1} << 20);
+  CHECK(decode_manifest(std::as_bytes(std::span(bytes)), "manifest").tables[4].optimizer_settings.at("lr") == 0.25);
+  // Opened and never used: nothing names it, so nothing is missed when the process dies.
+  {
+    const auto storage = open(directory / "t");
+    storage->table(spec_of(1, 2));
+    storage->checkpoint(directory / "checkpoint", 1, "");
+    copy_as_killed(directory / "t", directory / "unused");
+    const auto again = open(directory / "unused");
+    CHECK(again->stats().groups.empty());
+    lookup(again->table(spec_of(9, 7)), {1}, true);  // takes the same table id
+    copy_as_killed(directory / "unused", directory / "used");
+    CHECK(open(directory / "used")->table(spec_of(9, 7)).size() == 1);
+  }
+  CHECK(open(directory / "t")->stats().groups.size() == 1);
+  Storage::restore(directory / "checkpoint", directory / "restored");
+  CHECK(open(directory / "restored")->stats().groups.size() == 1);
+}
+
 TEST_CASE("storage: one writer a directory; bad options and a damaged manifest are told, and leave the lock free") {
   const TemporaryDirectory directory;
   {

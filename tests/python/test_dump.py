@@ -159,6 +159,22 @@ def test_progress_of_an_empty_storage_is_nothing_of_nothing(storage: de.Storage,
     assert set(calls) == {(0, 0)}
 
 
+def test_progress_counts_the_living_and_comes_over_expired_rows_too(path: Path, place: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    with de.Storage(path, memory="16MiB", threads=2, ttl=10) as storage:
+        storage.now = LATE
+        rows = de.Embedding(storage, de.SGD(), de.Zeros(), dimension=DIMENSION, group=1)
+        for begin in range(0, ROWS, 100):
+            rows.lookup(np.arange(begin, begin + 100))
+        storage.now = LATE + 20
+        rows.lookup(np.arange(ROWS, ROWS + 10))
+        # The log still begins before they expired, so they are on the disk.
+        assert storage.dump(place, progress=lambda *call: calls.append(call)) == 10
+    assert (calls[0], calls[-1]) == ((0, 10), (10, 10))
+    assert len(calls) >= 4
+    assert calls == sorted(calls)
+
+
 class EnoughError(Exception):
     pass
 
@@ -348,15 +364,8 @@ def dumped_state(file: Path) -> np.ndarray:
 
 
 def moments_of(state: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """After which operations the storage was in this state.
-
-    A lookup makes the rows it lacks in one operation of the storage or in several (of a batch, those that were erased
-    come last), so that some of them are a moment as well.
-    """
-    same = states == state
-    lookup = np.array([operation(number)[1] == "lookup" for number in range(len(states) - 1)])
-    within = (same[:-1] | same[1:]).all(axis=(1, 2)) & lookup
-    return np.union1d(np.flatnonzero(same.all(axis=(1, 2))), np.flatnonzero(within) + 1)
+    """After which operations the storage was in this state."""
+    return np.flatnonzero((states == state).all(axis=(1, 2)))
 
 
 def test_a_dump_is_the_storage_after_one_operation_while_another_thread_trains(path: Path, tmp_path: Path) -> None:
