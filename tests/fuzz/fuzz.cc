@@ -121,12 +121,22 @@ Target manifest_target() {
           }};
 }
 
+TableCounters aged_table(uint32_t table_id) {
+  TableCounters table;
+  table.table_id = table_id;
+  table.group_step = 3;
+  table.lifetime = {AgeUnit::kSeconds, 1000};
+  table.rows.add(5, 10);
+  table.rows.add(7, 1);
+  return table;
+}
+
 Target checkpoint_target() {
   CheckpointManifest manifest;
   manifest.step = 5;
   manifest.extra = "extra";
   manifest.counters.sequence = 9;
-  manifest.counters.tables = {{1, 10, 3}};
+  manifest.counters.tables = {aged_table(1)};
   manifest.counters.last_commit = CommitRecord{4, "bytes"};
   manifest.files = {{"rocksdb/000001.sst", 100, 7}, {"MANIFEST", 10, 8}};
   return {"checkpoint", {encode_checkpoint(manifest), encode_checkpoint({})}, repair_tail, [](const std::string& text) {
@@ -137,7 +147,7 @@ Target checkpoint_target() {
 Target counters_target() {
   StorageCounters counters;
   counters.sequence = 9;
-  counters.tables = {{1, 10, 3}, {2, 20, 4}};
+  counters.tables = {aged_table(1), aged_table(2)};
   counters.last_commit = CommitRecord{4, "bytes"};
   return {"counters", {encode_counters(counters), encode_counters({})}, nullptr, [](const std::string& text) {
             decode_counters(bytes_of(text), "counters");
@@ -153,6 +163,7 @@ std::string apply_body() {
   record.dimension = 4;
   record.group_step = 2;
   record.numbers = {3, {0.1, 0.9, 0.999}};
+  record.ages = {AgeUnit::kSeconds, 100, {{5, 3}, {4, -1}}};
   record.keys = keys;
   std::string body = encode_apply_prefix(record);
   body.append(reinterpret_cast<const char*>(keys.data()), keys.size() * sizeof(uint64_t));
@@ -162,7 +173,7 @@ std::string apply_body() {
 
 std::string keys_body() {
   const std::vector<uint64_t> keys{1, 2, 3};
-  std::string body = encode_keys_prefix({1, 5, keys});
+  std::string body = encode_keys_prefix({.table_id = 1, .time = 5, .ages = {}, .keys = keys});
   body.append(reinterpret_cast<const char*>(keys.data()), keys.size() * sizeof(uint64_t));
   return body;
 }
@@ -181,8 +192,13 @@ Target record_target() {
               if (record.gradients.size() != record.keys.size() * record.dimension * sizeof(float)) std::abort();
             } else if (text[0] == 2) {
               decode_keys(body, keys);
-            } else {
+            } else if (text[0] == 3) {
               decode_commit(body);
+            } else if (text[0] == 4) {
+              const ImportRecord record = decode_import(body, keys);
+              if (record.floats.size() != record.keys.size() * record.num_floats * sizeof(float)) std::abort();
+            } else {
+              decode_expire(body);
             }
           }};
 }
