@@ -159,6 +159,7 @@ namespace {
 std::span<const uint64_t> aligned_keys(Bytes bytes, size_t count, std::vector<uint64_t>& storage) {
   if (reinterpret_cast<uintptr_t>(bytes.data()) % alignof(uint64_t) == 0)
     return {reinterpret_cast<const uint64_t*>(bytes.data()), count};
+  if (count == 0) return {};
   storage.resize(count);
   std::memcpy(storage.data(), bytes.data(), bytes.size());
   return storage;

@@ -418,6 +418,7 @@ void Table::operate(const Batch& batch, std::span<const uint32_t> rows, const Ex
   const size_t chunk = tiers.chunk_rows(shape_);
   if (rows.size() <= chunk) {
     Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, rows, operation.create);
+    AgeEffect effect;
     try {
       std::vector<int64_t> marks(batch.num_rows(), 0);
       if (expiry.unit != AgeUnit::kNone)
@@ -427,14 +428,16 @@ void Table::operate(const Batch& batch, std::span<const uint32_t> rows, const Ex
           marks[r] = expiry.mark(row->time, row->step);
         }
       for (const uint32_t r : prepared.fresh) marks[r] = kAbsent;
-      AgeEffect effect = effect_on(rows, marks, expiry, renewed);
+      effect = effect_on(rows, marks, expiry, renewed);
       operation.log(effect);
-      count(effect);
     } catch (...) {
       tiers.abandon(prepared);
       throw;
     }
-    after_log(tiers, [&] { operation.change(rows, prepared); });
+    after_log(tiers, [&] {
+      count(effect);
+      operation.change(rows, prepared);
+    });
     return;
   }
   std::vector<int64_t> marks;

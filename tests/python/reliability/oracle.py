@@ -138,6 +138,8 @@ class Oracle:
         if operation.verb == "lookup":
             fresh = [key for key in distinct if key not in table.rows]
             weights = table.lookup(operation.keys)
+            for key in fresh:
+                table.rows[key].step = table.step  # until its first update, that of its creation
             if fresh:
                 self._clock = table.now
                 self._changed(operation.group, fresh)
