@@ -121,6 +121,7 @@ nb::dict stats_of(const Storage& storage) {
 
 void bind_storage(nb::module_& m) {
   m.attr("MIN_MEMORY_BYTES") = damo::kMinMemoryBytes;
+  m.attr("MIN_DISK_PER_MEMORY") = damo::kMinDiskPerMemory;
   m.attr("MAX_DIMENSION") = damo::kMaxDimension;
   m.def(
       "restore",
