@@ -20,6 +20,7 @@ namespace fs = std::filesystem;
 
 constexpr size_t kMaxQueuedPrefetches = 4;
 constexpr std::chrono::milliseconds kLookAgain{100};
+constexpr size_t kPrefetchRows = 256;  // that memory is waited for at a time
 
 // The budget, divided. What is left for rows and their index is the rest.
 struct Budget {
