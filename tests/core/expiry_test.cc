@@ -170,7 +170,7 @@ TEST_CASE(
   auto storage = open(directory / "s", options(Lifetime{AgeUnit::kSeconds, 50}));
   Table* table = &storage->table(spec_of(0, 256));
   const auto forget = [&] { std::erase_if(model, [&](const auto& row) { return now - row.second.first > ttl; }); };
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 35; ++round) {
     now += static_cast<int64_t>(random() % 10);
     storage->set_now(now);
     forget();
