@@ -13,6 +13,7 @@ import itertools
 import os
 import shutil
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,6 +52,14 @@ class OpenStorage:
         self._groups: dict[int, Group] = {}
         self._storage = de.Storage(path, **self._options())
         self._lock_file = _identity(path)
+        held = self._storage.stats()["clock_held_seconds"]
+        if held > 0:
+            warnings.warn(
+                f"[PyStorage] the clock is {held / 86_400:,.0f} days ahead of the last operation on {path}: no row"
+                " expires until damo_embedding.Storage.expire() confirms that (docs/expiry.md)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _options(self) -> dict[str, Any]:
         return {"memory": os.environ.get("DAMO_MEMORY", "1GiB"), "ttl": self._ttl}

@@ -216,6 +216,20 @@ def test_another_ttl_counts_from_the_next_opening_on_also_while_it_is_open(path:
         assert plain.stats()["groups"][0]["ttl"] == 30 * DAY
 
 
+def test_a_clock_that_is_a_year_ahead_is_told_and_empties_nothing(path: Path) -> None:
+    with de.Storage(path, memory="16MiB", ttl="10d") as plain:
+        plain.now = int(time.time()) - 400 * DAY
+        de.Embedding(plain, de.SGD(lr=1.0), de.Zeros(), 4, 0).apply_gradients([1], np.ones((1, 4), np.float32))
+    with pytest.warns(RuntimeWarning, match=r"400 days ahead of the last operation.*expire\(\)") as caught:
+        storage = damo.PyStorage(str(path), 10 * DAY)
+    assert caught[0].filename == __file__
+    rows = embedding(storage)
+    assert (look_up(rows, [1]) == -1).all()
+    del storage, rows
+    with de.Storage(path, memory="16MiB") as plain:
+        assert plain.expire() >= 1  # the way out
+
+
 # ----------------------------------------------------------------------- dump
 
 

@@ -113,6 +113,7 @@ def outline(page: Path) -> dict[str, object]:
         "headings": [len(marks) for marks in re.findall(r"^(#+) ", prose, re.MULTILINE)],
         "cells of each row": [line.count("|") for line in rows],
         "code in each row": [sorted(re.findall(r"`[^`]+`", line)) for line in rows],
+        "code": sorted(set(re.findall(r"`[^`]+`", prose))),
         "items": len(re.findall(r"^- ", prose, re.MULTILINE)),
         "links": ["README.md or README_CN.md" if link.startswith("README") else link for link in links],
     }
