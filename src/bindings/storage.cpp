@@ -82,6 +82,11 @@ nb::dict stats_of(const Storage& storage) {
     entry["step"] = group.step;
     entry["row_bytes"] = group.row_bytes;
     entry["ttl"] = nb::make_tuple(static_cast<uint32_t>(group.lifetime.unit), group.lifetime.ttl);
+    entry["initializer"] = group.initializer;
+    nb::dict settings;
+    for (const auto& [name, value] : group.initializer_settings) settings[name.c_str()] = value;
+    entry["initializer_settings"] = settings;
+    entry["seed"] = group.seed;
     groups.append(entry);
     rows += group.rows;
   }

@@ -489,7 +489,7 @@ StorageStats Storage::stats() const {
     const TableSpec& spec = table->spec();
     stats.groups.push_back({spec.group, spec.name, spec.dimension, table->rows_at(read_clock()), table->step(),
                             StoredKey::kBytes + kRowHeaderBytes + table->shape().num_floats() * sizeof(float),
-                            spec.lifetime});
+                            spec.lifetime, spec.initializer, spec.initializer_settings, spec.seed});
   }
   return stats;
 }

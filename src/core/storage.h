@@ -78,6 +78,9 @@ struct StorageStats {
     uint64_t step;
     uint64_t row_bytes;  // of a stored row with floats
     Lifetime lifetime;
+    std::string initializer;
+    Settings initializer_settings;
+    uint64_t seed;
   };
   std::vector<Group> groups;
 };

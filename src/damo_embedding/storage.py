@@ -462,7 +462,8 @@ class Storage:
         - clock_held_seconds: how far the clock is ahead of what is believed before `expire` confirms it.
           forgotten: rows erased to keep within `disk`.
         - groups: for each, group, name, dimension, rows, step (applied updates), row_bytes (of a stored row,
-          key and header included), ttl (seconds, Steps(n) or "never").
+          key and header included), ttl (seconds, Steps(n) or "never"), initializer (its name),
+          initializer_settings, seed.
         """
         stats: dict[str, Any] = self._core.stats()
         for group in stats["groups"]:
