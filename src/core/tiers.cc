@@ -375,7 +375,7 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, co
         else
           prepared.slots[r] = kNoSlot;
       } else if ((absent[r] == kUnknown || removed_since(mixed, static_cast<uint32_t>(absent[r]))) &&
-                 may_be_cold(StoredKey::make(table_id, mixed))) {
+                 (create || may_be_cold(StoredKey::make(table_id, mixed)))) {
         misses.push_back(r);
       } else if (create) {
         need_slot.push_back(r);
