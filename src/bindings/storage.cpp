@@ -95,6 +95,11 @@ nb::dict stats_of(const Storage& storage) {
     entry["step"] = group.step;
     entry["row_bytes"] = group.row_bytes;
     entry["ttl"] = nb::make_tuple(static_cast<uint32_t>(group.lifetime.unit), group.lifetime.ttl);
+    entry["initializer"] = group.initializer;
+    nb::dict settings;
+    for (const auto& [name, value] : group.initializer_settings) settings[name.c_str()] = value;
+    entry["initializer_settings"] = settings;
+    entry["seed"] = group.seed;
     entry["admission"] = group.filter ? filter_info_of(*group.filter) : nb::none();
     groups.append(entry);
     rows += group.rows;
@@ -135,6 +140,7 @@ nb::dict stats_of(const Storage& storage) {
 
 void bind_storage(nb::module_& m) {
   m.attr("MIN_MEMORY_BYTES") = damo::kMinMemoryBytes;
+  m.attr("MIN_DISK_PER_MEMORY") = damo::kMinDiskPerMemory;
   m.attr("MAX_DIMENSION") = damo::kMaxDimension;
   m.def(
       "restore",

@@ -109,6 +109,7 @@ void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilter
   std::unique_lock order(order_, std::defer_lock);
   std::lock(write, order);
   const auto stopped = std::chrono::steady_clock::now();
+  if (manifest_changed_) save_manifest();  // before the log counts rows of a new group
   const CutInfo info{counters(), manifest_, read_clock()};
   if (!log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
   if (filters != nullptr) filters->begin(info.counters.sequence);

@@ -20,10 +20,12 @@ namespace {
 
 constexpr size_t kEraseBatch = 8192;  // keys of one erase record
 
-// Of disk_bytes: above kFull rows are forgotten until those left need no more than kKeep; operations wait for that
-// above kStop. Compaction writes the rows that stay before it deletes the files they are in, so kStop and kKeep
-// together are below the limit.
-constexpr double kFull = 0.5, kStop = 0.6, kKeep = 0.3;
+// Of the limit on disk less the memory, whose changed rows go to disk as well when room is made: above kFull rows are
+// forgotten until those left need no more than kKeep. Compaction writes what stays before it deletes the files it is
+// in.
+constexpr double kFull = 0.5, kKeep = 0.3;
+// Of the limit: what operations may write between two looks at the directory.
+constexpr double kUnseen = 0.04;
 constexpr std::chrono::milliseconds kLookAtDisk{20};
 
 }  // namespace
@@ -237,7 +239,7 @@ size_t class_of(uint64_t score) {
 
 void Storage::keep_within_disk() {
   CutInfo info;
-  const std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
+  std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
   const auto each = [&](const auto& visit) {
     for (const TableSpec& spec : info.manifest.tables) {
       const Expiry expiry = info.expiry(spec);
@@ -257,7 +259,7 @@ void Storage::keep_within_disk() {
     bytes[class_of(score)] += size;
     total += size;
   });
-  const auto keep = static_cast<uint64_t>(kKeep * static_cast<double>(options_.disk_bytes));
+  const uint64_t keep = share_of_disk(kKeep);
   uint64_t forget = total > keep ? total - keep : 0;
   if (forget > 0) {
     // The classes above `last` go whole, of `last` as much as is needed.
@@ -285,36 +287,38 @@ void Storage::keep_within_disk() {
       if (!batch.empty()) erase(table_id, batch);
     cut_log();
   }
+  rows.reset();  // or the compaction would keep what it shows
   store_->compact(&stopping_);
 }
 
+uint64_t Storage::share_of_disk(double share) const {
+  return static_cast<uint64_t>(share * static_cast<double>(options_.disk_bytes - options_.memory_bytes));
+}
+
 bool Storage::waits_for_disk() const {
-  return keeping_ && std::this_thread::get_id() != disk_keeper_.get_id() &&
+  return keeps_disk_ && std::this_thread::get_id() != disk_keeper_.get_id() &&
          static_cast<double>(tiers_->bytes_written() - written_before_) >
-             (kStop - kFull) * static_cast<double>(options_.disk_bytes);
+             kUnseen * static_cast<double>(options_.disk_bytes);
 }
 
 void Storage::disk_loop() {
   std::unique_lock lock(background_mutex_);
   while (!background_wake_.wait_for(lock, kLookAtDisk, [this] { return stop_; })) {
     lock.unlock();
-    std::exception_ptr error;
     try {
-      if (static_cast<double>(bytes_on_disk()) > kFull * static_cast<double>(options_.disk_bytes)) {
-        written_before_ = tiers_->bytes_written();
-        keeping_ = true;
-        keep_within_disk();
-      }
+      const uint64_t written = tiers_->bytes_written();
+      const bool full = bytes_on_disk() > share_of_disk(kFull);
+      if (written_before_.exchange(written) != written) log_shrunk_.notify_all();
+      if (full) keep_within_disk();
     } catch (const ClosedError&) {
     } catch (...) {
-      error = std::current_exception();
+      tiers_->fail(std::current_exception());
+      break;
     }
-    keeping_ = false;
-    if (error) tiers_->fail(error);
-    log_shrunk_.notify_all();
-    if (error) return;
     lock.lock();
   }
+  keeps_disk_ = false;
+  log_shrunk_.notify_all();
 }
 
 }  // namespace damo

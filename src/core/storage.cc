@@ -21,6 +21,7 @@ namespace fs = std::filesystem;
 
 constexpr size_t kMaxQueuedPrefetches = 4;
 constexpr std::chrono::milliseconds kLookAgain{100};
+constexpr size_t kPrefetchRows = 256;  // that memory is waited for at a time
 
 // The budget, divided. What is left for rows and their index is the rest.
 struct Budget {
@@ -248,7 +249,10 @@ void Storage::open_generation(const fs::path& generation) {
   directory_->remove_stale_generations();
   maintenance_ = start_quiet_thread([this] { maintenance_loop(); });
   prefetcher_ = start_quiet_thread([this] { prefetch_loop(); });
-  if (options_.disk_bytes != 0) disk_keeper_ = start_quiet_thread([this] { disk_loop(); });
+  if (options_.disk_bytes != 0) {
+    keeps_disk_ = true;
+    disk_keeper_ = start_quiet_thread([this] { disk_loop(); });
+  }
 }
 
 Storage::~Storage() {
@@ -546,7 +550,8 @@ StorageStats Storage::stats() const {
     const std::shared_ptr<Admission> admission = table->admission();
     stats.groups.push_back({spec.group, spec.name, spec.dimension, table->rows_at(read_clock()), table->step(),
                             StoredKey::kBytes + kRowHeaderBytes + table->shape().num_floats() * sizeof(float),
-                            spec.lifetime, admission ? std::optional(table->info_of(*admission)) : std::nullopt});
+                            spec.lifetime, spec.initializer, spec.initializer_settings, spec.seed,
+                            admission ? std::optional(table->info_of(*admission)) : std::nullopt});
   }
   return stats;
 }
@@ -640,7 +645,16 @@ void Storage::prefetch_loop() {
       const Expiry expiry = table->expiry_now();
       Tiers::HotRead read =
           tiers_->read_hot(table->shape(), expiry, batch, ShardOrder(batch, tiers_->hot()), nullptr, false);
-      tiers_->bring_in(table->shape(), expiry, batch, std::move(read.missing), nullptr);
+      // Rows beyond half of memory would push each other out.
+      const size_t quarter = tiers_->chunk_rows(table->shape());
+      if (read.missing.size() > 2 * quarter) read.missing.resize(2 * quarter);
+      while (!read.missing.empty()) {
+        const size_t count = std::min({read.missing.size(), quarter, kPrefetchRows});
+        std::vector<uint32_t> rows(read.missing.end() - static_cast<ptrdiff_t>(count), read.missing.end());
+        read.missing.resize(read.missing.size() - count);
+        tiers_->make_room(table->shape(), count);
+        tiers_->bring_in(table->shape(), expiry, batch, std::move(rows), nullptr);
+      }
     } catch (...) {
       // Only a hint: the lookup that follows meets the same error and reports it.
     }

@@ -48,6 +48,7 @@ enum class Durability {
 };
 
 inline constexpr size_t kMinMemoryBytes = size_t{16} << 20;
+inline constexpr size_t kMinDiskPerMemory = 4;
 inline constexpr size_t kMaxExtraBytes = size_t{16} << 20;  // of a commit or checkpoint
 // A clock further ahead of the last operation is not believed until expire() confirms it.
 inline constexpr int64_t kMaxClockStep = int64_t{366} * 86'400;
@@ -58,7 +59,7 @@ struct StorageOptions {
   size_t threads = 0;                  // 0: one per core
   uint64_t log_bytes = 0;              // 0: max(1 GiB, 4 x memory), at most an eighth of the free disk
   std::optional<Lifetime> lifetime{};  // of groups that were given none; absent: as stored
-  uint64_t disk_bytes = 0;             // what the directory may take; 0: no limit
+  uint64_t disk_bytes = 0;             // what the directory may take, at least 4 x memory; 0: no limit
 };
 
 struct StorageStats {
@@ -78,6 +79,9 @@ struct StorageStats {
     uint64_t step;
     uint64_t row_bytes;  // of a stored row with floats
     Lifetime lifetime;
+    std::string initializer;
+    Settings initializer_settings;
+    uint64_t seed;
     std::optional<Table::FilterInfo> filter;  // of a group that has one
   };
   std::vector<Group> groups;
@@ -207,6 +211,7 @@ class Storage {
   void keep_within_disk();
   void disk_loop();
   uint64_t bytes_on_disk() const;
+  uint64_t share_of_disk(double share) const;
   bool waits_for_disk() const;  // whether this thread's operations wait for the disk keeper
 
   struct CutInfo {
@@ -279,8 +284,8 @@ class Storage {
   bool stop_ = false;
   std::atomic<bool> stopping_{false};  // the same, for who holds no lock
   bool log_full_ = false;
-  std::atomic<bool> keeping_{false};         // the disk keeper is at work
-  std::atomic<uint64_t> written_before_{0};  // to the cold tier, when it began
+  std::atomic<bool> keeps_disk_{false};      // the disk keeper is there
+  std::atomic<uint64_t> written_before_{0};  // to the cold tier, when it last looked
   std::deque<std::pair<Table*, std::vector<uint64_t>>> prefetches_;
   std::thread maintenance_, prefetcher_, disk_keeper_;
 };

@@ -220,8 +220,6 @@ size_t Tiers::allocate(size_t slot_bytes, size_t count, std::vector<Slot>& out) 
 
 void Tiers::wait_for_slots(size_t slot_bytes, size_t count) {
   std::unique_lock lock(structure_);
-  if (hot_.available(slot_bytes) >= count) return;
-  ++counters_.write_waits;
   while (hot_.available(slot_bytes) < count) {
     throw_if_failed();
     if (stop_) throw ClosedError("[storage] it was closed while an operation waited for memory");
@@ -230,6 +228,10 @@ void Tiers::wait_for_slots(size_t slot_bytes, size_t count) {
     evict_wake_.notify_one();
     slots_freed_.wait_for(lock, kLookAgain);
   }
+}
+
+void Tiers::make_room(const TableShape& shape, size_t rows) {
+  wait_for_slots(hot_.slot_bytes(shape.num_floats()), rows);
 }
 
 void Tiers::add_row(Slot slot) {
@@ -388,6 +390,7 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, co
       if (allocate(slot_bytes, need_slot.size(), slots) < need_slot.size()) {
         for (const Slot slot : slots) hot_.free(slot);
         prepared.structure.unlock();
+        ++counters_.write_waits;
         wait_for_slots(slot_bytes, need_slot.size());
         prepared.structure.lock();
         continue;
@@ -430,6 +433,7 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, co
         }
         if (slots.size() < size) {
           try {
+            ++counters_.write_waits;
             wait_for_slots(slot_bytes, size - slots.size());
           } catch (...) {
             const std::lock_guard lock(structure_);

@@ -108,6 +108,8 @@ class Tiers {
     std::vector<uint32_t> rows;
     uint32_t epoch;
   };
+  // Waits until memory for that many rows, at most chunk_rows, is free. No lock held.
+  void make_room(const TableShape& shape, size_t rows);
   Absent bring_in(const TableShape& shape, const Expiry& expiry, Batch& batch, std::vector<uint32_t> rows, float* out);
 
   // ---- operations. The caller holds the order lock from prepare to the last call that takes what it returned.

@@ -109,10 +109,10 @@ class Storage:
             "12h", a timedelta, `Steps(n)`, or "never". For the embeddings that are given none of their own.
             None: as stored, which is "never" at first. Kept to a 262,144th of itself, never cut short; changing it
             reads the tables once.
-        disk: What the directory may take (bytes, or a text as for `memory`; at least 64 MiB). When it fills, the
-            rows that were updated least often and longest ago are erased (`stats()["forgotten"]`). It has to hold
-            the files that a compaction replaces beside the new ones, so that the rows that stay take about a
-            third of it. None: no limit.
+        disk: What the directory may take (bytes, or a text as for `memory`; at least 64 MiB and 4 x memory).
+            When it fills, the rows that were updated least often and longest ago are erased
+            (`stats()["forgotten"]`). It has to hold the files that a compaction replaces beside the new ones, so
+            that the rows that stay take about a third of it. None: no limit.
 
     Raises:
         AlreadyOpenError: The directory is open elsewhere.
@@ -168,6 +168,11 @@ class Storage:
         space = 0 if disk is None else parse_bytes("disk", disk)
         if disk is not None and not _MIN_DISK <= space < 2**62:
             raise ValueError(f"[open] disk is {space} bytes, expected at least {_MIN_DISK} (64 MiB)")
+        if disk is not None and space < _core.MIN_DISK_PER_MEMORY * memory_bytes:
+            raise ValueError(
+                f"[open] disk is {space} bytes and memory {memory_bytes}, expected disk to be at least"
+                f" {_core.MIN_DISK_PER_MEMORY} times memory: give more disk or less memory"
+            )
         return memory_bytes, durability, count, log, parse_ttl("open", ttl), space
 
     @classmethod
@@ -457,9 +462,10 @@ class Storage:
         - clock_held_seconds: how far the clock is ahead of what is believed before `expire` confirms it.
           forgotten: rows erased to keep within `disk`.
         - groups: for each, group, name, dimension, rows, step (applied updates), row_bytes (of a stored row,
-          key and header included), ttl (seconds, Steps(n) or "never"), admission: None, or of its filter
-          memory_bytes, adds, keys (distinct, about), fill, refused (keys of training lookups that got no row),
-          ignored_gradients (keys of updates that had none). `Embedding.admission` tells the false-positive rate.
+          key and header included), ttl (seconds, Steps(n) or "never"), initializer (its name),
+          initializer_settings, seed, admission: None, or of its filter memory_bytes, adds, keys (distinct, about),
+          fill, refused (keys of training lookups that got no row), ignored_gradients (keys of updates that had
+          none). `Embedding.admission` tells the false-positive rate.
         """
         stats: dict[str, Any] = self._core.stats()
         for group in stats["groups"]:

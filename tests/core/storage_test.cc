@@ -298,8 +298,10 @@ TEST_CASE("storage: groups are saved once, before the first operation after they
   {
     const auto storage = open(directory / "t");
     storage->table(spec_of(1, 2));
-    storage->checkpoint(directory / "checkpoint", 1, "");
     copy_as_killed(directory / "t", directory / "unused");
+    storage->checkpoint(directory / "checkpoint", 1, "");
+    copy_as_killed(directory / "t", directory / "checkpointed");
+    CHECK(open(directory / "checkpointed")->stats().groups.size() == 1);
     const auto again = open(directory / "unused");
     CHECK(again->stats().groups.empty());
     lookup(again->table(spec_of(9, 7)), {1}, true);  // takes the same table id

@@ -202,31 +202,9 @@ def test_example_script_trains(script: str, ratings: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_quick_demo_leaves_everything_that_recompute_needs(ratings: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    for _ in range(2):  # a second run works
-        done = run_python(EXAMPLES / "demo.py", "--quick", "--data", ratings, "--out", out)
-        assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((out / "result.json").read_text())
-    assert result.keys() == KEYS
-    assert result["killed_and_equal"] is True
-    assert result["dump_identical"] is True
-    assert result["dump_rows"] == result["rows"]
-    page = (out / "report.html").read_text()
-    assert page.count("<svg") == 5
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
-
-    again = run_python(ROOT / "scripts" / "recompute", out)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "18 figures, 0 differ" in again.stdout
-
-    scores = np.load(out / "stream" / "ours.npy")
-    np.save(out / "stream" / "ours.npy", -scores)
-    assert run_python(ROOT / "scripts" / "recompute", out).returncode == 1
-
-
-@pytest.mark.slow
-def test_interrupt_leaves_storages_that_open(ratings: Path, tmp_path: Path) -> None:
+def test_an_interrupted_demo_leaves_storages_that_open_and_the_next_one_all_that_recompute_needs(
+    ratings: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     demo = subprocess.Popen(
         [sys.executable, EXAMPLES / "demo.py", "--quick", "--data", ratings, "--out", out],
@@ -245,3 +223,23 @@ def test_interrupt_leaves_storages_that_open(ratings: Path, tmp_path: Path) -> N
     assert "Stopped." in said
     with de.Storage.open(storage, memory="16MiB") as reopened:
         assert reopened.stats()["rows"] >= 0
+
+    # The next run works, over what the stopped one left.
+    done = run_python(EXAMPLES / "demo.py", "--quick", "--data", ratings, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert result.keys() == KEYS
+    assert result["killed_and_equal"] is True
+    assert result["dump_identical"] is True
+    assert result["dump_rows"] == result["rows"]
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 5
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+    again = run_python(ROOT / "scripts" / "recompute", out)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "18 figures, 0 differ" in again.stdout
+
+    scores = np.load(out / "stream" / "ours.npy")
+    np.save(out / "stream" / "ours.npy", -scores)
+    assert run_python(ROOT / "scripts" / "recompute", out).returncode == 1

@@ -102,6 +102,50 @@ def test_a_diff_from_nn_embedding_changes_six_lines_at_most(name: str) -> None:
         assert sum(text.startswith("+") for text in diff.splitlines()) <= 6
 
 
+def outline(page: Path) -> dict[str, object]:
+    """What a translation has to have as well: everything but the prose."""
+    text = page.read_text()
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)]+)\)", prose)
+    rows = [line for line in prose.splitlines() if line.startswith("|")]
+    return {
+        "code blocks": re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL),
+        "headings": [len(marks) for marks in re.findall(r"^(#+) ", prose, re.MULTILINE)],
+        "cells of each row": [line.count("|") for line in rows],
+        "code in each row": [sorted(re.findall(r"`[^`]+`", line)) for line in rows],
+        "code": sorted(set(re.findall(r"`[^`]+`", prose))),
+        "items": len(re.findall(r"^- ", prose, re.MULTILINE)),
+        "links": ["README.md or README_CN.md" if link.startswith("README") else link for link in links],
+    }
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    english, chinese = ROOT / "README.md", ROOT / "README_CN.md"
+    assert outline(english) == outline(chinese)
+    assert "(README_CN.md)" in english.read_text()
+    assert "(README.md)" in chinese.read_text()
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading."""
+    kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return kept.replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README_CN.md"], ids=lambda page: page.name)
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page if not name else page.parent / name
+        assert target.exists(), link
+        if anchor:
+            text = re.sub(r"^```.*?^```$", "", target.read_text(), flags=re.MULTILINE | re.DOTALL)
+            assert anchor in [slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)], link
+
+
 def test_a_block_is_left_out_only_when_the_page_says_so(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n```python\n1\n```\n<!-- not run -->\n```python\n2\n```\n\n```sh\n3\n```\n```python\n4\n```\n")

@@ -208,6 +208,9 @@ def test_bad_rows_are_refused_whole(tmp_path: Path, arguments: Any, error: type[
 def test_the_disk_limit_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="disk is 1000 bytes, expected at least 67108864"):
         de.Storage(tmp_path / "s", disk=1000)
+    with pytest.raises(ValueError, match="disk is 134217727 bytes and memory 33554432, expected disk to be at least 4"):
+        de.Storage(tmp_path / "s", memory="32MiB", disk=2**27 - 1)
+    assert not (tmp_path / "s").exists()
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

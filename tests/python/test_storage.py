@@ -640,6 +640,18 @@ def test_stats_count_rows_hits_and_misses(storage: de.Storage) -> None:
     assert (group["group"], group["dimension"], group["rows"], group["step"]) == (7, DIMENSION, 3, 0)
 
 
+def test_stats_say_what_new_rows_of_a_group_start_with(storage: de.Storage) -> None:
+    de.Embedding(storage, de.SGD(), de.Uniform(-0.1, 0.3), dimension=4, group=1, seed=2**64 - 1)
+    de.Embedding(storage, de.SGD(), de.Zeros(), dimension=4, group=2)
+    one, two = storage.stats()["groups"]
+    assert (one["initializer"], one["initializer_settings"], one["seed"]) == (
+        "uniform",
+        {"low": -0.1, "high": 0.3},
+        2**64 - 1,
+    )
+    assert (two["initializer"], two["initializer_settings"], two["seed"]) == ("zeros", {}, 0)
+
+
 # -------------------------------------------------------- close, fork, pickle
 
 USES: dict[str, Callable[[de.Storage], object]] = {

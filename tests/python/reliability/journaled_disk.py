@@ -85,7 +85,7 @@ class JournaledDisk(ServedSuite):
                 expected = expect(oracle, operations[: told.issued + 1], told)
                 low = expected.last_durable(operations, told.done, durability == "durable")
                 high = expected.sequence(told.issued)
-                groups |= {group for group, place in expected.opened.items() if place <= told.done}
+                groups |= {group for group, place in expected.saved.items() if place <= told.done}
                 made = kept(base, expected, told.done)
                 self.done["power losses"] += 1
                 self.done[f"mode {durability}"] += 1

@@ -122,7 +122,7 @@ class Victim:
         assert not told.raised, f"{told.raised}"
         expected = expect(self.oracle, operations[: told.issued + 1], told)
         self.low, self.high = expected.sequence(told.done), expected.sequence(told.issued)
-        self.groups |= {group for group, place in expected.opened.items() if place <= told.done}
+        self.groups |= {group for group, place in expected.saved.items() if place <= told.done}
         self.kept = kept(self.base, expected, told.done)
 
     def note_death(self) -> None:

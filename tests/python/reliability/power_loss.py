@@ -181,7 +181,7 @@ class PowerLoss(ServedSuite):
             run.oracle.compare(found, low, high)
         finally:
             session.kill()
-        must_exist = {group for group, place in run.expected.opened.items() if place <= done}
+        must_exist = {group for group, place in run.expected.saved.items() if place <= done}
         assert must_exist <= found.groups, f"groups {must_exist - found.groups} are lost"
         made = [what for what in kept(opened, run.expected, done) if what.sequence <= run.expected.sequence(issued)]
         if made and random.random() < 0.2:

@@ -147,7 +147,7 @@ class Expected:
     checkpoints: dict[int, int] = field(default_factory=dict)  # number -> sequence number
     dumps: dict[int, tuple[int, int]] = field(default_factory=dict)  # number -> group, sequence number
     places: dict[int, int] = field(default_factory=dict)  # of checkpoints and dumps, by number
-    opened: dict[int, int] = field(default_factory=dict)  # group -> place of its first operation
+    saved: dict[int, int] = field(default_factory=dict)  # group -> place of the operation after which it must exist
 
     def sequence(self, place: int) -> int:
         """After the operation at this place; -1: before the first."""
@@ -164,11 +164,17 @@ class Expected:
 def expect(oracle: Oracle, operations: list[Operation], told: Told | None = None) -> Expected:
     """Does the operations in the oracle, and compares the answers of those that were done."""
     expected = Expected(oracle.sequence)
+    opened: set[int] = set()
     for place, operation in enumerate(operations):
+        before = oracle.sequence
         answer = oracle.perform(operation)
         expected.sequences.append(oracle.sequence)
         if operation.group >= 0:
-            expected.opened.setdefault(operation.group, place)
+            opened.add(operation.group)
+        # A group is saved by the first operation after its opening that writes a record, or that reads one moment.
+        if oracle.sequence > before or operation.verb in ("scan", "dump", "checkpoint", "reopen"):
+            for group in opened:
+                expected.saved.setdefault(group, place)
         if operation.verb == "checkpoint":
             expected.checkpoints[operation.number] = oracle.sequence
             expected.places[operation.number] = place
