@@ -860,7 +860,8 @@ void Table::redo_apply(uint64_t sequence, const ApplyRecord& record, const std::
   std::vector<uint32_t> rows = all_rows(batch);
   if (planted("redo of one key left out") && rows.size() > 1) rows.pop_back();
   std::vector<float> sums(record.gradients.size() / sizeof(float));
-  std::memcpy(sums.data(), record.gradients.data(), record.gradients.size());
+  // No keys: an update whose gradients a filter has left out, all of them.
+  if (!sums.empty()) std::memcpy(sums.data(), record.gradients.data(), record.gradients.size());
   if (batch.num_rows() != record.keys.size())
     throw CorruptionError("[open] " + source + " at offset " + std::to_string(offset) + " repeats a key");
   const Expiry expiry{record.ages.unit, record.ages.alive_since, step_};
@@ -907,7 +908,7 @@ void Table::redo_count(uint64_t sequence, const CountRecord& record, const std::
   const Batch batch(record.keys, std::nullopt);
   if (batch.num_rows() != record.keys.size()) refuse(", one of them twice");
   std::vector<uint32_t> times(record.keys.size());
-  std::memcpy(times.data(), record.times.data(), record.times.size());
+  if (!times.empty()) std::memcpy(times.data(), record.times.data(), record.times.size());
   const std::unique_ptr<bool[]> seen = filter->count(record.keys, times, sequence);
   std::vector<uint32_t> admitted;
   for (uint32_t r = 0; r < batch.num_rows(); ++r)
