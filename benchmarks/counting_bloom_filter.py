@@ -2,7 +2,8 @@
 """The counting Bloom filter: false positives at and beyond capacity, memory, and time per key.
 
 The first table is of docs/admission.md: `capacity` keys are added `count` times each, then ten times as many that were
-never added are asked for. `--capacity`, `--json FILE`; `--part rates` or `speed` for one of the two.
+never added are asked for. `--capacity`, `--json FILE`; `--part rates`, `speed` or `storage` for one of the three: the
+last is what admission costs a training lookup, and how long a lookup waits while a cut saves the filter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -140,11 +142,83 @@ def speed(capacity: int, directory: str) -> list[dict[str, Any]]:
     return results
 
 
+def opened(storage: de.Storage, capacity: int, count: int) -> de.Embedding:
+    admission = de.CountingBloomFilter(capacity=capacity, count=count) if capacity else None
+    return de.Embedding(storage, de.Adam(lr=0.1), de.Uniform(-1, 1), 16, group="user", admission=admission)
+
+
+def lookups(directory: str, keys: int = 20_000) -> dict[str, float]:
+    """Processor time of training lookups, ns a key, taking turns; one thread."""
+    known = np.random.default_rng(0).integers(0, 2**62, keys)
+    storages = {
+        name: de.Storage(os.path.join(directory, name), memory="256MiB", threads=1) for name in ("without", "with")
+    }
+    times: dict[str, list[float]] = {}
+
+    def timed(what: str, embedding: de.Embedding, wanted: np.ndarray, out: np.ndarray) -> None:
+        start = time.thread_time_ns()
+        embedding.lookup(wanted, out)
+        times.setdefault(what, []).append((time.thread_time_ns() - start) / keys)
+
+    embeddings = {name: opened(storage, 5_000_000 * (name == "with"), 3) for name, storage in storages.items()}
+    for embedding in embeddings.values():
+        for _ in range(3):
+            out = embedding.lookup(known)
+    random = np.random.default_rng(1)
+    for turn in range(300):
+        fresh = random.integers(0, 2**62, keys)
+        for name, embedding in embeddings.items():
+            timed(f"{name} admission, keys with rows", embedding, known, out)
+            if turn < 20:
+                timed(f"{name} admission, new keys", embedding, fresh, out)
+    for storage in storages.values():
+        storage.close()
+    medians = {what: float(np.median(values)) for what, values in times.items()}
+    for what, value in medians.items():
+        print(f"{what}: {value:.0f} ns a key")
+    return medians
+
+
+def cuts(capacity: int, directory: str) -> dict[str, float]:
+    """How long lookups of 2,000 new keys take beside eight checkpoints, and otherwise."""
+    path = os.path.join(directory, f"cuts-{capacity}")
+    done, inside = threading.Event(), threading.Event()
+    took: dict[str, list[float]] = {"other": [], "cut": []}
+    with de.Storage(path, memory="512MiB", threads=2) as storage:
+        embedding = opened(storage, capacity, 15)
+        random = np.random.default_rng(2)
+
+        def train() -> None:
+            while not done.is_set():
+                cutting, keys = inside.is_set(), random.integers(0, 2**62, 2_000)
+                start = time.perf_counter()
+                embedding.lookup(keys)
+                took["cut" if cutting or inside.is_set() else "other"].append(time.perf_counter() - start)
+
+        thread = threading.Thread(target=train)
+        thread.start()
+        for i in range(8):
+            time.sleep(0.3)
+            inside.set()
+            storage.checkpoint(f"{path}-{i}")
+            inside.clear()
+        done.set()
+        thread.join()
+        admission = embedding.admission
+        assert admission is not None
+        result = {"filter_bytes": float(admission.memory_bytes)}
+    for what, values in took.items():
+        result[f"{what}_median_ms"] = 1e3 * float(np.median(values))
+        result[f"{what}_max_ms"] = 1e3 * max(values)
+    print(", ".join(f"{name}={value:.3g}" for name, value in result.items()))
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capacity", type=int, default=1_000_000, help="of the filters whose rate is measured")
     parser.add_argument("--speed-capacity", type=int, default=10_000_000)
-    parser.add_argument("--part", choices=["rates", "speed"])
+    parser.add_argument("--part", choices=["rates", "speed", "storage"])
     parser.add_argument("--directory", help="where the filter with a file goes (default: a temporary directory)")
     parser.add_argument("--json", help="keep the numbers in this file")
     arguments = parser.parse_args()
@@ -152,11 +226,16 @@ def main() -> None:
         facts = report.machine(directory)
         report.print_machine(facts)
         results: dict[str, Any] = {}
-        if arguments.part != "speed":
+        if arguments.part in (None, "rates"):
             results["rates"] = rates(arguments.capacity)
             results["beyond_capacity"] = beyond_capacity(arguments.capacity)
-        if arguments.part != "rates":
+        if arguments.part in (None, "speed"):
             results["speed"] = speed(arguments.speed_capacity, directory)
+        if arguments.part in (None, "storage"):
+            results["storage"] = {
+                "lookup": lookups(directory),
+                "cuts": [cuts(arguments.speed_capacity // n, directory) for n in (100, 1)],
+            }
         report.write_json(arguments.json, "counting_bloom_filter", facts, results)
 
 

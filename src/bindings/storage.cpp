@@ -19,6 +19,7 @@ using damo::Storage;
 using damo::Table;
 
 std::vector<Table::Part> parts_of(const Table& table, const nb::list& items);
+nb::object filter_info_of(const Table::FilterInfo& info);
 
 namespace {
 
@@ -31,6 +32,17 @@ damo::OpenMode mode_of(const std::string& mode) {
 std::optional<damo::Lifetime> lifetime_of(const std::optional<std::pair<uint32_t, uint64_t>>& ttl) {
   if (!ttl) return std::nullopt;
   return damo::Lifetime{static_cast<damo::AgeUnit>(ttl->first), ttl->second};
+}
+
+// None: as stored; (): no filter; else the settings of one.
+damo::WantedAdmission admission_of(const nb::object& given) {
+  using Kind = damo::WantedAdmission::Kind;
+  if (given.is_none()) return {};
+  const auto settings = nb::cast<nb::tuple>(given);
+  if (settings.size() == 0) return {Kind::kAll};
+  return {Kind::kFilter,
+          {nb::cast<uint64_t>(settings[0]), nb::cast<uint32_t>(settings[1]), nb::cast<double>(settings[2]),
+           nb::cast<uint64_t>(settings[3])}};
 }
 
 std::unique_ptr<Storage> open_storage(const std::string& path, const std::string& mode, uint64_t memory_bytes,
@@ -50,7 +62,7 @@ std::unique_ptr<Storage> open_storage(const std::string& path, const std::string
 Table& open_table(Storage& storage, std::optional<uint32_t> group, const std::string& name, uint32_t dimension,
                   const std::string& optimizer, const std::map<std::string, double>& optimizer_settings,
                   const std::string& initializer, const std::map<std::string, double>& initializer_settings,
-                  uint64_t seed, std::optional<std::pair<uint32_t, uint64_t>> ttl) {
+                  uint64_t seed, std::optional<std::pair<uint32_t, uint64_t>> ttl, const nb::object& admission) {
   damo::TableSpec spec;
   spec.group = group.value_or(damo::kNumGroups);
   spec.name = name;
@@ -60,8 +72,9 @@ Table& open_table(Storage& storage, std::optional<uint32_t> group, const std::st
   spec.initializer = initializer;
   spec.initializer_settings = {initializer_settings.begin(), initializer_settings.end()};
   spec.seed = seed;
+  const damo::WantedAdmission filter = admission_of(admission);
   const nb::gil_scoped_release released;
-  return storage.table(std::move(spec), lifetime_of(ttl));
+  return storage.table(std::move(spec), lifetime_of(ttl), filter);
 }
 
 nb::dict stats_of(const Storage& storage) {
@@ -87,6 +100,7 @@ nb::dict stats_of(const Storage& storage) {
     for (const auto& [name, value] : group.initializer_settings) settings[name.c_str()] = value;
     entry["initializer_settings"] = settings;
     entry["seed"] = group.seed;
+    entry["admission"] = group.filter ? filter_info_of(*group.filter) : nb::none();
     groups.append(entry);
     rows += group.rows;
   }
@@ -143,7 +157,11 @@ void bind_storage(nb::module_& m) {
       .def_prop_ro("closed", &Storage::closed)
       .def("table", &open_table, "group"_a.none(), "name"_a, "dimension"_a, "optimizer"_a, "optimizer_settings"_a,
            "initializer"_a, "initializer_settings"_a, "seed"_a, "ttl"_a.none() = nb::none(),
-           nb::rv_policy::reference_internal)
+           "admission"_a.none() = nb::none(), nb::rv_policy::reference_internal,
+           nb::sig("def table(self, group: int | None, name: str, dimension: int, optimizer: str, optimizer_settings: "
+                   "collections.abc.Mapping[str, float], initializer: str, initializer_settings: "
+                   "collections.abc.Mapping[str, float], seed: int, ttl: tuple[int, int] | None = None, admission: "
+                   "tuple[()] | tuple[int, int, float, int] | None = None) -> Table"))
       .def(
           "forward_many",
           [](Storage&, const nb::list& items, bool insert, bool zeros) {

@@ -8,6 +8,8 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
+
 #include "arrays.h"
 #include "schedules.h"
 
@@ -23,6 +25,7 @@ namespace {
 using OutBools = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutKeys = nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutCounts = nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutEstimates = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutTimes = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 std::shared_ptr<Batch> forward(Table& table, const AnyKeys& keys, const OutRows& out, bool insert, bool zeros,
@@ -53,6 +56,18 @@ std::vector<Table::Part> parts_of(const Table& table, const nb::list& items) {
     parts.push_back({batch, gradients.data()});
   }
   return parts;
+}
+
+// Also used by storage.cpp.
+nb::object filter_info_of(const Table::FilterInfo& info) {
+  nb::dict out;
+  out["memory_bytes"] = info.memory_bytes;
+  out["adds"] = info.adds;
+  out["keys"] = std::llround(info.distinct_keys);
+  out["fill"] = info.fill;
+  out["refused"] = info.refused;
+  out["ignored_gradients"] = info.ignored;
+  return out;
 }
 
 void bind_table(nb::module_& m) {
@@ -96,6 +111,48 @@ void bind_table(nb::module_& m) {
                    [](const Table& table) {
                      return std::pair(static_cast<uint32_t>(table.spec().lifetime.unit), table.spec().lifetime.ttl);
                    })
+      .def_prop_ro(
+          "filter_settings",
+          [](const Table& table) -> nb::object {
+            const auto filter = table.filter_settings();
+            if (!filter) return nb::none();
+            return nb::make_tuple(filter->capacity, filter->count, filter->fpr, filter->halve_every);
+          },
+          nb::sig("def filter_settings(self) -> tuple[int, int, float, int] | None"))
+      .def(
+          "filter_info",
+          [](const Table& table) {
+            Table::FilterInfo info;
+            {
+              const nb::gil_scoped_release released;
+              info = table.filter_info();
+            }
+            return filter_info_of(info);
+          },
+          nb::sig("def filter_info(self) -> dict[str, typing.Any]"))
+      .def("filter_estimated_fpr", &Table::filter_estimated_fpr, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "filter_estimate",
+          [](const Table& table, const AnyKeys& keys, const OutEstimates& out) {
+            const auto span = keys_of("estimate", keys);
+            if (out.shape(0) != span.size()) throw std::invalid_argument("[estimate] out has another length than keys");
+            uint8_t* to = out.data();
+            const nb::gil_scoped_release released;
+            table.filter_estimate(span, to);
+          },
+          "keys"_a.noconvert(), "out"_a.noconvert(),
+          nb::sig("def filter_estimate(self, keys: object, out: object) -> None"))
+      .def(
+          "filter_check",
+          [](const Table& table, const AnyKeys& keys, const OutBools& out) {
+            const auto span = keys_of("check", keys);
+            if (out.shape(0) != span.size()) throw std::invalid_argument("[check] out has another length than keys");
+            bool* to = out.data();
+            const nb::gil_scoped_release released;
+            table.filter_check(span, to);
+          },
+          "keys"_a.noconvert(), "out"_a.noconvert(),
+          nb::sig("def filter_check(self, keys: object, out: object) -> None"))
       .def_prop_ro("lr", &Table::lr)
       .def(
           "set_rate", [](Table& table, const Rate& rate) { table.set_lr(rate.schedule); }, "rate"_a,

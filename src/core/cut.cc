@@ -14,6 +14,7 @@
 
 #include "error.h"
 #include "planted.h"
+#include "saved_filters.h"
 #include "storage.h"
 
 namespace damo {
@@ -99,7 +100,7 @@ CheckpointFile describe_file(const fs::path& directory, const std::string& name)
 
 }  // namespace
 
-void Storage::cut(const std::function<void(const CutInfo&)>& closed) {
+void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilters* filters) {
   // Most of the log goes to disk before anybody is stopped.
   log_->sync();
   // Neither is waited for while the other is held: an operation that holds the order lock may wait for an eviction, and
@@ -111,6 +112,7 @@ void Storage::cut(const std::function<void(const CutInfo&)>& closed) {
   if (manifest_changed_) save_manifest();  // before the log counts rows of a new group
   const CutInfo info{counters(), manifest_, read_clock()};
   if (!log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
+  if (filters != nullptr) filters->begin(info.counters.sequence);
   tiers_->note_cut_pause(std::chrono::steady_clock::now() - stopped);
   tiers_->cut(std::move(write), std::move(order), info.counters.sequence, [&] {
     if (closed) closed(info);
@@ -147,12 +149,28 @@ void Storage::checkpoint(const fs::path& directory, int64_t step, std::string ex
   StagedDirectory staged(wanted);
   CheckpointManifest manifest;
   Manifest groups;
-  cut([&](const CutInfo& info) {
-    groups = info.manifest;
-    manifest.counters = info.counters;
-    for (const LinkedFile& file : store_->link_into(staged.path() / "rocksdb"))
-      manifest.files.push_back({"rocksdb/" + file.name, file.bytes, file.crc32c});
-  });
+  {
+    const std::lock_guard cutting(cutting_);  // the filters' files stay
+    SavedFilters filters(*this, staged.path());
+    cut(
+        [&](const CutInfo& info) {
+          groups = info.manifest;
+          manifest.counters = info.counters;
+          for (const LinkedFile& file : store_->link_into(staged.path() / "rocksdb"))
+            manifest.files.push_back({"rocksdb/" + file.name, file.bytes, file.crc32c});
+        },
+        &filters);
+    filters.save();
+    filters.note_in(groups);
+    if (!filters.empty()) groups.cut = manifest.counters.sequence;
+    for (const TableSpec& spec : groups.tables) {
+      if (!spec.admission || spec.admission->saved == 0) continue;
+      const std::string name = SavedFilter{groups.storage_id, spec.table_id, spec.admission->saved}.name();
+      // One that has not counted since it was saved.
+      if (!fs::exists(staged.path() / name)) link_or_copy(generation_ / name, staged.path() / name);
+      manifest.files.push_back(describe_file(staged.path(), name));
+    }
+  }
   manifest.storage_id = groups.storage_id;
   manifest.step = step;
   manifest.extra = std::move(extra);
@@ -175,11 +193,14 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
   }
   const CheckpointManifest manifest =
       decode_checkpoint(std::as_bytes(std::span(bytes)), (from / "CHECKPOINT").string());
-  for (const char* needed : {"MANIFEST", "rocksdb/CURRENT"})
+  const auto expect_listed = [&](const std::string& needed) {
     if (std::none_of(manifest.files.begin(), manifest.files.end(),
                      [&](const auto& file) { return file.name == needed; }))
       throw CorruptionError("[restore] " + (from / "CHECKPOINT").string() + " does not list the file " + needed +
                             ": it is not of a whole checkpoint");
+  };
+  expect_listed("MANIFEST");
+  expect_listed("rocksdb/CURRENT");
   for (const CheckpointFile& file : manifest.files) {
     const fs::path at = from / file.name;
     std::error_code error;
@@ -197,6 +218,12 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
   const std::string groups = read_file(from / "MANIFEST", size_t{64} << 20);
   Manifest restored = decode_manifest(std::as_bytes(std::span(groups)), (from / "MANIFEST").string());
   check_settings_are_known(restored, (from / "MANIFEST").string());
+  std::vector<std::pair<AdmissionSpec, SavedFilter>> filters;
+  for (const TableSpec& spec : restored.tables) {
+    if (!spec.admission || spec.admission->saved == 0) continue;
+    filters.push_back({*spec.admission, {restored.storage_id, spec.table_id, spec.admission->saved}});
+    expect_listed(filters.back().second.name());
+  }
   // An identity of its own: the log of one restore is never taken for that of another.
   restored.storage_id = make_storage_id();
   StorageCounters counters = manifest.counters;
@@ -218,6 +245,8 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
       }
     }
     fsync_directory(generation / "rocksdb");
+    for (const auto& [spec, saved] : filters)
+      reseal_saved_filter(from, saved, spec.filter, generation, {restored.storage_id, saved.table_id, saved.sequence});
     write_file_atomically(generation / "MANIFEST", encode_manifest(restored));
     make_directory(generation / "log");
     OperationLog::create({.directory = generation / "log", .storage_id = restored.storage_id}, counters.sequence + 1,

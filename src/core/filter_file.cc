@@ -11,29 +11,19 @@
 #include <vector>
 
 #include "error.h"
+#include "filter_format.h"
 #include "format.h"
 #include "log_segment.h"
-#include "settings.h"
 
 namespace damo {
 namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::string_view kMagic = "DAMOFILT";
-constexpr uint32_t kVersion = 1;
-constexpr size_t kHeadBytes = 4096;      // then the counters
-constexpr size_t kFieldBytes = 64;       // of the head, before its checksum
-constexpr size_t kMarkOffset = 512;      // a sector of its own: a disk writes it whole or not at all
-constexpr size_t kMarkBytes = 32;        // with its checksum
 constexpr size_t kRecordHeadBytes = 24;  // with its checksum
 constexpr size_t kSealedHeadBytes = 16;  // without
 constexpr size_t kRecordKeys = 1 << 16;  // of one record
 constexpr uint64_t kLogBytes = 4 << 20;  // a log of that length is always kept
-
-struct Mark {
-  uint64_t end = 0, synced = 0, boot = 0;
-};
 
 // A number that changes with each boot of the machine; 0 where the system does not tell.
 uint64_t this_boot() {
@@ -45,43 +35,9 @@ uint64_t this_boot() {
   }
 }
 
-std::string encode_head(const CountingBloomFilter& filter) {
-  std::string bytes(kMagic);
-  ByteWriter writer(bytes);
-  writer.put(kVersion);
-  writer.put(uint32_t{0});
-  writer.put(filter.settings().capacity);
-  writer.put(filter.settings().count);
-  writer.put(filter.layout().counters_per_line);
-  writer.put(filter.settings().fpr);
-  writer.put(filter.settings().halve_every);
-  writer.put(filter.layout().pages);
-  writer.put(filter.adds());
-  writer.put(checksum64(std::as_bytes(std::span(bytes))));
-  return bytes;
-}
-
-std::string encode_mark(const Mark& mark) {
-  std::string bytes;
-  ByteWriter writer(bytes);
-  writer.put(mark.end);
-  writer.put(mark.synced);
-  writer.put(mark.boot);
-  writer.put(checksum64(std::as_bytes(std::span(bytes))));
-  return bytes;
-}
-
-bool all_zero(Bytes bytes) {
-  return std::all_of(bytes.begin(), bytes.end(), [](std::byte byte) { return byte == std::byte{0}; });
-}
-
-std::string halving(uint64_t every) { return every == 0 ? "None" : std::to_string(every); }
-
 }  // namespace
 
-uint64_t FilterFile::counters_end() const noexcept {
-  return kHeadBytes + filter_.memory_bytes() + filter_.num_chunks() * sizeof(uint64_t);
-}
+uint64_t FilterFile::counters_end() const noexcept { return filter_counters_end(filter_); }
 
 uint64_t FilterFile::longest() const noexcept {
   return counters_end() + std::max<uint64_t>(kLogBytes, filter_.memory_bytes() / 2);
@@ -117,81 +73,28 @@ void FilterFile::expect_filter(const FileDescriptor& file) const {
   struct stat info {};
   if (::fstat(file.get(), &info) != 0) throw_system_error("open", path_);
   if (!S_ISREG(info.st_mode)) throw StorageError("[open] " + path_.string() + " is not a file: give another path");
-  std::string magic(kMagic.size(), '\0');
+  std::string magic(kFilterMagic.size(), '\0');
   const size_t got = file.read_at(std::as_writable_bytes(std::span(magic)), 0);
   if (got < magic.size()) throw_damaged(path_, got, "it is too short for a counting Bloom filter: give another path");
-  if (magic != kMagic) throw_damaged(path_, 0, "it is not a counting Bloom filter: give another path");
+  if (magic != kFilterMagic) throw_damaged(path_, 0, "it is not a counting Bloom filter: give another path");
 }
 
 void FilterFile::read() {
   // What the file is made of, checked in the order in which one thing says how to read the next.
-  std::vector<std::byte> head(kHeadBytes);
-  const size_t got = file_.read_at(head, 0);
-  if (got < kHeadBytes)
-    throw_damaged(path_, got, "the file ends inside its head, which has " + std::to_string(kHeadBytes) + " bytes");
-  ByteReader fields(head, path_.string());
-  fields.take(kMagic.size());
-  // Before the checksum, for a newer version may have another one: so a flipped bit comes here, too.
-  const auto version = fields.get<uint32_t>();
-  if (version > kVersion)
-    throw CorruptionError("[open] " + path_.string() + " has filter format " + std::to_string(version) +
-                          " at offset 8, this version reads up to " + std::to_string(kVersion) +
-                          ": it was written by a newer version, then upgrade damo-embedding, or it is damaged");
-  if (version == 0) throw_damaged(path_, kMagic.size(), "filter format 0");
-  fields.take(4);  // reserved, under the checksum
-  FilterSettings stored;
-  FilterLayout layout;
-  stored.capacity = fields.get<uint64_t>();
-  stored.count = fields.get<uint32_t>();
-  layout.counters_per_line = fields.get<uint32_t>();
-  stored.fpr = fields.get<double>();
-  stored.halve_every = fields.get<uint64_t>();
-  layout.pages = fields.get<uint64_t>();
-  const auto adds = fields.get<uint64_t>();
-  if (fields.get<uint64_t>() != checksum64(Bytes(head).first(kFieldBytes)))
-    throw_damaged(path_, kFieldBytes, "the head's checksum does not match");
-  const size_t mark_end = kMarkOffset + kMarkBytes;
-  if (!all_zero(Bytes(head).subspan(kFieldBytes + 8, kMarkOffset - kFieldBytes - 8)) ||
-      !all_zero(Bytes(head).subspan(mark_end)))
-    throw_damaged(path_, kFieldBytes + 8, "unused bytes of the head that are not zero");
+  const FilterHead head = read_filter_head(file_, 0);
   const FilterSettings& wanted = filter_.settings();
-  if (stored != wanted) {
-    const auto text = [](const FilterSettings& s) {
-      return "capacity=" + std::to_string(s.capacity) + ", count=" + std::to_string(s.count) +
-             ", fpr=" + format_number(s.fpr) + ", halve_every=" + halving(s.halve_every);
-    };
-    throw SchemaMismatchError("[open] " + path_.string() + " is a filter with " + text(stored) + "; asked for " +
-                              text(wanted) + ": give its settings or another path, or start anew with reload=False");
-  }
-  if (layout != filter_.layout()) throw_damaged(path_, 28, "a layout that is not the one of its settings");
+  if (head.settings != wanted)
+    throw SchemaMismatchError("[open] " + path_.string() + " is a filter with " + show_filter_settings(head.settings) +
+                              "; asked for " + show_filter_settings(wanted) +
+                              ": give its settings or another path, or start anew with reload=False");
+  if (head.layout != filter_.layout()) throw_damaged(path_, 28, "a layout that is not the one of its settings");
   const uint64_t size = file_.bytes(), start = counters_end();
   if (size < start)
     throw_damaged(path_, size, "the file ends inside its counters, which end at " + std::to_string(start));
-  ByteReader mark_fields(Bytes(head).subspan(kMarkOffset, kMarkBytes), path_.string(), kMarkOffset);
-  Mark mark;
-  mark.end = mark_fields.get<uint64_t>();
-  mark.synced = mark_fields.get<uint64_t>();
-  mark.boot = mark_fields.get<uint64_t>();
-  if (mark_fields.get<uint64_t>() != checksum64(Bytes(head).subspan(kMarkOffset, kMarkBytes - 8)))
-    throw_damaged(path_, kMarkOffset, "the mark's checksum does not match");
-  if (mark.synced < start || mark.end < mark.synced)
-    throw_damaged(path_, kMarkOffset, "a mark that does not fit the file");
-
-  std::vector<uint64_t> checksums(filter_.num_chunks());
-  const uint64_t checksums_at = kHeadBytes + filter_.memory_bytes();
-  if (file_.read_at(std::as_writable_bytes(std::span(checksums)), checksums_at) != checksums.size() * sizeof(uint64_t))
-    throw_damaged(path_, checksums_at, "the file became shorter while it was read");
-  std::vector<std::byte> chunk;
-  uint64_t at = kHeadBytes;
-  for (size_t i = 0; i < checksums.size(); ++i, at += chunk.size()) {
-    chunk.resize(filter_.chunk_bytes(i));
-    if (file_.read_at(chunk, at) != chunk.size()) throw_damaged(path_, at, "the file became shorter while it was read");
-    if (checksum64(chunk, at) != checksums[i])
-      throw_damaged(path_, at, "the checksum of " + std::to_string(chunk.size()) + " bytes of counters does not match");
-    filter_.load_chunk(i, chunk);
-  }
-  filter_.set_adds(adds);
-  read_log(mark.synced, mark.end, boot_ != 0 && mark.boot == boot_);
+  if (head.mark.synced < start || head.mark.end < head.mark.synced)
+    throw_damaged(path_, kFilterMarkOffset, "a mark that does not fit the file");
+  read_filter_counters(file_, head, 0, filter_);
+  read_log(head.mark.synced, head.mark.end, boot_ != 0 && head.mark.boot == boot_);
 }
 
 // A file's bytes in order, a piece at a time: a log may be of very many very short records.
@@ -278,19 +181,13 @@ void FilterFile::write_new() {
     file = FileDescriptor("write", staged, O_RDWR | O_CREAT | O_EXCL);
     if (struct stat info{}; file_.is_open() && ::fstat(file_.get(), &info) == 0)
       if (::fchmod(file.get(), info.st_mode & 07777) != 0) throw_system_error("write", staged);
-    std::string head = encode_head(filter_);
-    head.resize(kMarkOffset);
-    head += encode_mark({end, end, boot_});
-    head.resize(kHeadBytes);
+    const std::string head = encode_filter_head(filter_, filter_.adds(), {end, end, boot_}, 0);
     file.write(std::as_bytes(std::span(head)));
     std::string checksums;
     ByteWriter writer(checksums);
-    uint64_t at = kHeadBytes;
     for (size_t i = 0; i < filter_.num_chunks(); ++i) {
-      const Bytes chunk = filter_.chunk(i);
-      file.write(chunk);
-      writer.put(checksum64(chunk, at));
-      at += chunk.size();
+      file.write(filter_.chunk(i));
+      writer.put(filter_chunk_checksum(filter_.chunk(i), i, 0));
     }
     file.write(std::as_bytes(std::span(checksums)));
     file.sync();
@@ -306,8 +203,8 @@ void FilterFile::write_new() {
 }
 
 void FilterFile::write_mark(uint64_t end, uint64_t synced) const {
-  const std::string mark = encode_mark({end, synced, boot_});
-  file_.write_at(std::as_bytes(std::span(mark)), kMarkOffset);
+  const std::string mark = encode_filter_mark({end, synced, boot_}, 0);
+  file_.write_at(std::as_bytes(std::span(mark)), kFilterMarkOffset);
 }
 
 // Another program may have done something to the file. Writing on would leave a file whose adds of before are gone.

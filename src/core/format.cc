@@ -265,6 +265,32 @@ KeysRecord decode_keys(ByteReader& body, std::vector<uint64_t>& key_storage) {
   return record;
 }
 
+std::string encode_count_prefix(const CountRecord& record) {
+  std::string out;
+  ByteWriter writer(out);
+  writer.put(record.table_id);
+  writer.put(record.unit);
+  writer.put(record.time);
+  writer.put(record.alive_since);
+  writer.put(record.bucket);
+  writer.put(static_cast<uint64_t>(record.keys.size()));
+  return out;
+}
+
+CountRecord decode_count(ByteReader& body, std::vector<uint64_t>& key_storage) {
+  CountRecord record;
+  record.table_id = body.get<uint32_t>();
+  record.unit = get_unit(body);
+  record.time = body.get<int64_t>();
+  record.alive_since = body.get<int64_t>();
+  record.bucket = body.get<int64_t>();
+  const auto num_keys = body.get<uint64_t>();
+  record.keys = aligned_keys(take_array(body, num_keys, sizeof(uint64_t)), num_keys, key_storage);
+  record.times = take_array(body, num_keys, sizeof(uint32_t));
+  body.expect_end();
+  return record;
+}
+
 std::string encode_import_prefix(const ImportRecord& record) {
   std::string out;
   ByteWriter writer(out);

@@ -158,10 +158,11 @@ enum class RecordType : uint8_t {
   kApply = 1,
   kInsert = 2,
   kErase = 3,
+  kCount = 4,
   kExpire = 5,
   kImport = 7,
-  // Reserved for what later versions log: 4 count, 6 drop group, 8 max-norm,
-  // 9 catch-up, 10 filter.
+  // Reserved for what later versions log: 6 drop group, 8 max-norm, 9 catch-up,
+  // 10 filter.
   kCommit = 11,
 };
 
@@ -207,6 +208,21 @@ struct KeysRecord {  // insert and erase
 };
 std::string encode_keys_prefix(const KeysRecord& record);
 KeysRecord decode_keys(ByteReader& body, std::vector<uint64_t>& key_storage);
+
+// Keys without a row, seen by a training lookup of a group that has a filter. Those that come to the filter's count by
+// it get a row: which, only the filter says.
+struct CountRecord {
+  uint32_t table_id = 0;
+  int64_t time = 0;
+  AgeUnit unit = AgeUnit::kNone;
+  int64_t alive_since = kBeforeAllTime;
+  int64_t bucket = 0;              // of the ages: where the rows that are made count
+  std::span<const uint64_t> keys;  // distinct, in the order in which they are counted
+  Bytes times;                     // u32 [keys] how often each was seen, at least once
+};
+// The record's bytes before the keys; the times follow them.
+std::string encode_count_prefix(const CountRecord& record);
+CountRecord decode_count(ByteReader& body, std::vector<uint64_t>& key_storage);
 
 // Rows given by the user, whole.
 struct ImportRecord {

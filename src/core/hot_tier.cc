@@ -133,7 +133,8 @@ size_t HotTier::slot_bytes(size_t num_floats) const noexcept {
 }
 
 size_t HotTier::slab_limit() const noexcept {
-  return bytes_ > index_bytes_ ? std::min((bytes_ - index_bytes_) / slab_bytes_, slabs_.size()) : 0;
+  const size_t bytes = bytes_;
+  return bytes > index_bytes_ ? std::min((bytes - index_bytes_) / slab_bytes_, slabs_.size()) : 0;
 }
 
 HotTier::SizeClass& HotTier::size_class(size_t slot_bytes) {

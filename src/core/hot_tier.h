@@ -15,6 +15,7 @@
 //   then safe against the one structure-lock holder, who takes it to change rows or entries of that shard.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -112,6 +113,11 @@ class HotTier {
   // The emptiest slab of the size that holds most slabs, `except_slot_bytes` left out. None if there is none.
   std::optional<size_t> slab_to_take(size_t except_slot_bytes) const noexcept;
 
+  // How many slabs there may be beside the index.
+  size_t slab_limit() const noexcept;
+  // Others take a part of the budget, or give it back: at most what it was at construction. Structure lock.
+  // over_budget() says so until slabs were emptied.
+  void set_bytes(size_t bytes) noexcept { bytes_ = bytes; }
   size_t bytes() const noexcept { return bytes_; }
   size_t bytes_in_use() const noexcept { return used_slabs_ * slab_bytes_ + index_bytes_; }
   size_t rows() const noexcept;  // entries of the index
@@ -132,12 +138,11 @@ class HotTier {
   };
   SizeClass& size_class(size_t slot_bytes);
   const SizeClass* find_size_class(size_t slot_bytes) const noexcept;
-  size_t slab_limit() const noexcept;  // how many slabs the budget allows beside the index
   Slot slot_at(size_t slab, size_t index) const noexcept {
     return static_cast<Slot>(((slab * slab_bytes_ + index * slabs_[slab].slot_bytes) >> granularity_bits_) + 1);
   }
 
-  size_t bytes_;
+  std::atomic<size_t> bytes_;
   size_t slab_bytes_ = 0;
   unsigned granularity_bits_ = 3;  // slots are multiples of 1 << this, so that 32 bits number them all
   unsigned shard_bits_ = 0;

@@ -3,8 +3,10 @@
 
 #include <sys/random.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "error.h"
 
@@ -14,6 +16,7 @@ namespace {
 constexpr std::string_view kManifestMagic = "DAMOMANI";
 constexpr std::string_view kCheckpointMagic = "DAMOCKPT";
 constexpr uint32_t kVersion = 1;
+constexpr uint32_t kFilterVersion = 2;  // of a manifest that tells of filters
 constexpr size_t kMaxText = size_t{1} << 20;
 
 void put_settings(ByteWriter& writer, const Settings& settings) {
@@ -36,10 +39,10 @@ Settings get_settings(ByteReader& reader) {
 }
 
 // magic, version, then the body, then the checksum of all before it.
-std::string seal(std::string_view magic, const std::string& body) {
+std::string seal(std::string_view magic, const std::string& body, uint32_t version = kVersion) {
   std::string out(magic);
   ByteWriter writer(out);
-  writer.put(kVersion);
+  writer.put(version);
   writer.put_bytes(body.data(), body.size());
   writer.put(checksum64(std::as_bytes(std::span(out))));
   return out;
@@ -58,18 +61,20 @@ Lifetime get_lifetime(ByteReader& reader) {
   return {static_cast<AgeUnit>(unit), ttl};
 }
 
-ByteReader unseal(std::string_view magic, Bytes bytes, const std::string& source) {
+// The body; `version`: the highest that is known, then the one that it has.
+ByteReader unseal(std::string_view magic, Bytes bytes, const std::string& source, uint32_t& version) {
   ByteReader reader(bytes, source);
   if (bytes.size() < magic.size() + 12) reader.corrupt(std::to_string(bytes.size()) + " bytes are too few");
   if (std::memcmp(reader.take(magic.size()).data(), magic.data(), magic.size()) != 0)
     reader.corrupt("it does not start as a file of ours does");
-  const auto version = reader.get<uint32_t>();
+  const auto known = std::exchange(version, reader.get<uint32_t>());
   uint64_t checksum = 0;
   std::memcpy(&checksum, bytes.data() + bytes.size() - 8, 8);
   if (checksum != checksum64(bytes.first(bytes.size() - 8))) reader.corrupt("its checksum does not agree");
-  if (version != kVersion)
+  if (version == 0 || version > known)
     throw CorruptionError("[open] " + source + " has format " + std::to_string(version) +
-                          ", written by a newer version; this one reads 1: upgrade damo-embedding");
+                          ", written by a newer version; this one reads up to " + std::to_string(known) +
+                          ": upgrade damo-embedding");
   return {bytes.subspan(magic.size() + 4, bytes.size() - magic.size() - 12), source, magic.size() + 4};
 }
 
@@ -78,6 +83,9 @@ void get_id(ByteReader& reader, std::array<std::byte, 16>& id) { std::memcpy(id.
 }  // namespace
 
 std::string encode_manifest(const Manifest& manifest) {
+  // Without filters as ever: versions that know none of them read it.
+  const bool filters = manifest.cut != 0 || std::any_of(manifest.tables.begin(), manifest.tables.end(),
+                                                        [](const auto& table) { return table.admission.has_value(); });
   std::string body;
   ByteWriter writer(body);
   writer.put_bytes(manifest.storage_id.data(), 16);
@@ -103,12 +111,22 @@ std::string encode_manifest(const Manifest& manifest) {
     writer.put(table.stream);
     put_lifetime(writer, table.lifetime);
     writer.put(static_cast<uint8_t>(table.own_lifetime));
+    if (!filters) continue;
+    writer.put(static_cast<uint8_t>(table.admission.has_value()));
+    if (!table.admission) continue;
+    writer.put(table.admission->filter.capacity);
+    writer.put(table.admission->filter.count);
+    writer.put(table.admission->filter.fpr);
+    writer.put(table.admission->filter.halve_every);
+    writer.put(table.admission->saved);
   }
-  return seal(kManifestMagic, body);
+  if (filters) writer.put(manifest.cut);
+  return seal(kManifestMagic, body, filters ? kFilterVersion : kVersion);
 }
 
 Manifest decode_manifest(Bytes bytes, const std::string& source) {
-  ByteReader reader = unseal(kManifestMagic, bytes, source);
+  uint32_t version = kFilterVersion;
+  ByteReader reader = unseal(kManifestMagic, bytes, source, version);
   Manifest manifest;
   get_id(reader, manifest.storage_id);
   manifest.next_table_id = reader.get<uint32_t>();
@@ -138,6 +156,20 @@ Manifest decode_manifest(Bytes bytes, const std::string& source) {
     table.stream = reader.get<uint64_t>();
     table.lifetime = get_lifetime(reader);
     table.own_lifetime = reader.get<uint8_t>() != 0;
+    if (version == kFilterVersion && reader.get<uint8_t>() != 0) {
+      AdmissionSpec admission;
+      admission.filter.capacity = reader.get<uint64_t>();
+      admission.filter.count = reader.get<uint32_t>();
+      admission.filter.fpr = reader.get<double>();
+      admission.filter.halve_every = reader.get<uint64_t>();
+      admission.saved = reader.get<uint64_t>();
+      try {
+        CountingBloomFilter::check(admission.filter);
+      } catch (const std::invalid_argument& wrong) {
+        reader.corrupt("the filter of group " + std::to_string(table.group) + ": " + wrong.what());
+      }
+      table.admission = admission;
+    }
     if (table.group >= kNumGroups || table.dimension < 1 || table.dimension > kMaxDimension ||
         table.table_id >= manifest.next_table_id)
       reader.corrupt("the settings of group " + std::to_string(table.group) + " are out of range");
@@ -146,6 +178,7 @@ Manifest decode_manifest(Bytes bytes, const std::string& source) {
         reader.corrupt("group " + std::to_string(table.group) + " or its table id is there twice");
     manifest.tables.push_back(std::move(table));
   }
+  if (version == kFilterVersion) manifest.cut = reader.get<uint64_t>();
   reader.expect_end();
   return manifest;
 }
@@ -187,7 +220,8 @@ std::string encode_checkpoint(const CheckpointManifest& manifest) {
 }
 
 CheckpointManifest decode_checkpoint(Bytes bytes, const std::string& source) {
-  ByteReader reader = unseal(kCheckpointMagic, bytes, source);
+  uint32_t version = kVersion;
+  ByteReader reader = unseal(kCheckpointMagic, bytes, source, version);
   CheckpointManifest manifest;
   get_id(reader, manifest.storage_id);
   manifest.step = reader.get<int64_t>();

@@ -22,6 +22,9 @@ struct Manifest {
   uint32_t next_table_id = 1;
   Lifetime lifetime;              // of the groups that were given none
   std::vector<TableSpec> tables;  // in order of group
+  // The log is needed from the record after this operation on: the cold tier has all before, and so have the files of
+  // the filters. Moved on only when such a file is replaced; older records may be there still.
+  uint64_t cut = 0;
 };
 
 std::string encode_manifest(const Manifest& manifest);

@@ -202,17 +202,19 @@ struct OperationLog::Impl {
   }
 
   void recover(const std::function<void(uint64_t, std::string_view)>& on_state,
-               const std::function<void(const LogRecord&)>& on_record);
+               const std::function<void(const LogRecord&)>& on_record, uint64_t dropped);
+  void pass_over_dropped(SegmentFiles& files, uint64_t dropped) const;
   void read_records(SegmentReader& reader, const std::filesystem::path& path, bool is_newest,
                     const std::function<void(const LogRecord&)>& on_record);
   void settle_end(Segment& segment, const SyncMark& mark, uint64_t file_bytes);
 };
 
 void OperationLog::Impl::recover(const std::function<void(uint64_t, std::string_view)>& on_state,
-                                 const std::function<void(const LogRecord&)>& on_record) {
-  const SegmentFiles files = list_segments(options.directory);
+                                 const std::function<void(const LogRecord&)>& on_record, uint64_t dropped) {
+  SegmentFiles files = list_segments(options.directory);
   if (files.segments.empty())
     throw CorruptionError("[read] the log " + options.directory.string() + " has no segment, expected at least one");
+  pass_over_dropped(files, dropped);
   const uint64_t oldest = files.segments.begin()->first;
   const uint64_t newest = files.segments.rbegin()->first;
   uint64_t expected = oldest;
@@ -253,6 +255,23 @@ void OperationLog::Impl::recover(const std::function<void(uint64_t, std::string_
     settle_end(*current, reader.mark(), reader.file_bytes());
   }
   synced = last;
+}
+
+// Takes the segments before the one that starts behind `dropped` for leftovers.
+void OperationLog::Impl::pass_over_dropped(SegmentFiles& files, uint64_t dropped) const {
+  if (dropped == 0) return;
+  for (auto next = files.segments.rbegin(); next != files.segments.rend(); ++next) {
+    const FileDescriptor file("read the log", next->second, O_RDONLY);
+    const uint64_t first = SegmentReader(file, options.storage_id).first_sequence();
+    if (first > dropped + 1) continue;
+    if (first <= dropped)
+      throw_damaged(next->second, 40,
+                    "it starts with operation " + std::to_string(first) + ", but no segment starts behind " +
+                        std::to_string(dropped) + ", where the log was cut");
+    for (auto old = files.segments.begin(); old->first != next->first; old = files.segments.erase(old))
+      files.leftovers.push_back(old->second);
+    return;
+  }
 }
 
 // Leaves the reader at the end of the last record, and its number in `last`.
@@ -330,9 +349,9 @@ void OperationLog::check_heads(const LogOptions& options, const std::function<vo
 
 std::unique_ptr<OperationLog> OperationLog::recover(
     const LogOptions& options, const std::function<void(uint64_t first_sequence, std::string_view state)>& on_state,
-    const std::function<void(const LogRecord&)>& on_record) {
+    const std::function<void(const LogRecord&)>& on_record, uint64_t dropped) {
   auto impl = std::make_unique<Impl>(options);
-  impl->recover(on_state, on_record);
+  impl->recover(on_state, on_record, dropped);
   return std::unique_ptr<OperationLog>(new OperationLog(std::move(impl)));
 }
 

@@ -63,9 +63,11 @@ class OperationLog {
   // `on_record` for each record. Truncates a torn end and syncs the truncation before returning; then
   // appends go on. CorruptionError with file and offset for damage before the sync mark, a gap between
   // segments, a foreign or newer file. No segments at all: CorruptionError. Truncates nothing on error.
+  // `dropped`: drop_through() was called with that number, perhaps without end: segments up to it that are still
+  // there are not read, but removed once all others were.
   static std::unique_ptr<OperationLog> recover(
       const LogOptions& options, const std::function<void(uint64_t first_sequence, std::string_view state)>& on_state,
-      const std::function<void(const LogRecord&)>& on_record);
+      const std::function<void(const LogRecord&)>& on_record, uint64_t dropped = 0);
   ~OperationLog();  // closes files; syncs nothing
   OperationLog(const OperationLog&) = delete;
   OperationLog& operator=(const OperationLog&) = delete;

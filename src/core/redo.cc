@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Redo: at open, the log's records are done again, in order. A record changes a row only when the row's own sequence
-// number is older, so it does not matter how much of it had reached the cold tier. Needs the log and the manifest
-// alone: the numbers of an update are in its record.
+// number is older, so it does not matter how much of it had reached the cold tier. Needs the log, the manifest and the
+// filters' files alone: the numbers of an update are in its record.
 #include "error.h"
 #include "storage.h"
 
@@ -38,6 +38,13 @@ void Storage::redo(const LogRecord& record) {
       const KeysRecord erase = decode_keys(body, keys);
       clock_ = std::max(clock_.load(), erase.time);
       if (Table* table = table_of(erase.table_id)) table->redo_erase(record.sequence, erase);
+      return;
+    }
+    case RecordType::kCount: {
+      const CountRecord count = decode_count(body, keys);
+      clock_ = std::max(clock_.load(), count.time);
+      if (Table* table = table_of(count.table_id))
+        table->redo_count(record.sequence, count, record.source, record.offset);
       return;
     }
     case RecordType::kImport: {

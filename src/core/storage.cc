@@ -12,6 +12,7 @@
 
 #include "error.h"
 #include "planted.h"
+#include "saved_filters.h"
 
 namespace damo {
 namespace {
@@ -34,6 +35,8 @@ struct Budget {
     rows = memory - cache - write - scratch - presence;
   }
   size_t cache, write, scratch, presence, rows;
+  // Of the memory for rows, what filters may have.
+  size_t filters() const { return rows / 2; }
 };
 
 thread_local bool asking_for_rates = false;
@@ -180,6 +183,13 @@ void Storage::open_generation(const fs::path& generation) {
       {.directory = generation / "log", .storage_id = manifest_.storage_id},
       [&](std::string_view state) { decode_counters(std::as_bytes(std::span(state)), (generation / "log").string()); });
 
+  check_filter_memory("open", 0);
+  for (const TableSpec& spec : manifest_.tables) {
+    tables_[spec.group] = std::make_unique<Table>(*this, spec);
+    tables_by_id_[spec.table_id] = tables_[spec.group].get();
+  }
+  load_filters();
+
   const Budget budget(options_.memory_bytes);
   StoreOptions store_options;
   store_options.directory = generation / "rocksdb";
@@ -198,10 +208,7 @@ void Storage::open_generation(const fs::path& generation) {
       });
 
   next_table_id_ = manifest_.next_table_id;
-  for (const TableSpec& spec : manifest_.tables) {
-    tables_[spec.group] = std::make_unique<Table>(*this, spec);
-    tables_by_id_[spec.table_id] = tables_[spec.group].get();
-  }
+  tiers_->lend(check_filter_memory("open", 0));
 
   const fs::path log_directory = generation / "log";
   log_limit_ = options_.log_bytes;
@@ -236,7 +243,8 @@ void Storage::open_generation(const fs::path& generation) {
         }
         let_expire(counters);
       },
-      [&](const LogRecord& record) { redo(record); });
+      [&](const LogRecord& record) { redo(record); }, manifest_.cut);
+  remove_old_filters();
   settle_lifetimes();
   directory_->remove_stale_generations();
   maintenance_ = start_quiet_thread([this] { maintenance_loop(); });
@@ -332,7 +340,26 @@ Table* Storage::table_by_id(uint32_t table_id) const {
   return found != tables_by_id_.end() ? found->second : nullptr;
 }
 
-Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime) {
+size_t Storage::check_filter_memory(const char* operation, size_t more) const {
+  size_t wanted = more;
+  for (const TableSpec& spec : manifest_.tables) {
+    if (!spec.admission) continue;
+    const auto known = tables_[spec.group] ? tables_[spec.group]->admission() : nullptr;
+    wanted += known ? known->filter->memory_bytes() : CountingBloomFilter::memory_bytes(spec.admission->filter);
+  }
+  const size_t allowed = Budget(options_.memory_bytes).filters();
+  if (wanted <= allowed) return wanted;
+  size_t memory = options_.memory_bytes >> 20;
+  while (Budget(++memory << 20).filters() < wanted) {
+  }
+  throw std::invalid_argument(std::string("[") + operation + "] admission filters take " + std::to_string(wanted) +
+                              " bytes, of memory=" + std::to_string(options_.memory_bytes) + " they may take " +
+                              std::to_string(allowed) + ": open the storage with memory=\"" + std::to_string(memory) +
+                              "MiB\" or more" +
+                              (more != 0 ? ", or give the filter a smaller capacity or a higher fpr" : ""));
+}
+
+Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, WantedAdmission admission) {
   const Use use(*this, "embedding");
   const std::lock_guard opening(opening_);
   std::unique_lock order(order_);
@@ -360,9 +387,23 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime) {
     throw std::invalid_argument("[embedding] a row of " + std::to_string(row_bytes) +
                                 " bytes is too large for memory=" + std::to_string(options_.memory_bytes) +
                                 ": give the storage more memory");
+  using Wanted = WantedAdmission::Kind;
+  wanted.admission.reset();
+  if (admission.kind == Wanted::kFilter) {
+    CountingBloomFilter::check(admission.filter);
+    wanted.admission = AdmissionSpec{admission.filter, 0};
+  }
   if (tables_[wanted.group]) {
     Table& known = *tables_[wanted.group];
     check_same_layout(known.spec(), wanted);
+    const std::optional<FilterSettings> filter = known.filter_settings();
+    const bool add_filter = wanted.admission && !filter, remove_filter = admission.kind == Wanted::kAll && filter;
+    if (wanted.admission && filter) check_same_filter(known.spec(), admission.filter);
+    if (known.in_use_ && (add_filter || remove_filter))
+      throw SchemaMismatchError("[embedding] " + known.spec().label() + " is open " +
+                                (add_filter ? "without an admission filter" : "with an admission filter") +
+                                ": leave admission out, or close the storage and open it anew");
+    if (add_filter) check_filter_memory("embedding", CountingBloomFilter::memory_bytes(admission.filter));
     if (known.in_use_ && known.spec().optimizer_settings != wanted.optimizer_settings)
       throw SchemaMismatchError("[embedding] " + known.spec().label() +
                                 " is open with other optimizer settings: use equal settings, or set the rate with lr");
@@ -374,6 +415,17 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime) {
     if (lifetime && known.in_use_ && (!known.spec().own_lifetime || *lifetime != known.spec().lifetime))
       throw SchemaMismatchError("[embedding] " + known.spec().label() +
                                 " is open with another ttl: use an equal one, or leave it out");
+    if (add_filter || remove_filter) check_writable();
+    if (add_filter) {
+      set_admission(known, wanted.admission);
+      manifest_changed_ = true;
+    }
+    if (remove_filter) {
+      // Nobody counts keys meanwhile: whoever opens the group waits for opening_.
+      order.unlock();
+      drop_filter(known);
+      order.lock();
+    }
     known.in_use_ = true;
     for (TableSpec& spec : manifest_.tables) {
       if (spec.group != wanted.group || spec.optimizer_settings == known.spec().optimizer_settings) continue;
@@ -390,12 +442,16 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime) {
   wanted.lifetime = lifetime.value_or(manifest_.lifetime);
   wanted.own_lifetime = lifetime.has_value();
   wanted.table_id = manifest_.next_table_id;
+  size_t filter_bytes = 0;
+  if (wanted.admission)
+    filter_bytes = check_filter_memory("embedding", CountingBloomFilter::memory_bytes(admission.filter));
   auto table = std::make_unique<Table>(*this, wanted);
   manifest_.tables.push_back(wanted);
   std::sort(manifest_.tables.begin(), manifest_.tables.end(),
             [](const TableSpec& a, const TableSpec& b) { return a.group < b.group; });
   ++manifest_.next_table_id;
   manifest_changed_ = true;
+  if (wanted.admission) tiers_->lend(filter_bytes);
   const std::lock_guard structure(tiers_->structure());
   next_table_id_ = manifest_.next_table_id;
   tables_by_id_[wanted.table_id] = table.get();
@@ -408,6 +464,7 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime) {
 void Storage::drop_group(uint32_t group) {
   const Use use(*this, "drop_group");
   const std::lock_guard opening(opening_);
+  const std::lock_guard cutting(cutting_);
   // No cut is open while the write lock is held, so no row of the group has to be kept for one.
   std::unique_lock write(tiers_->write_mutex(), std::defer_lock);
   std::unique_lock order(order_, std::defer_lock);
@@ -426,12 +483,15 @@ void Storage::drop_group(uint32_t group) {
     throw;
   }
   tables_[group]->dropped_ = true;
+  tables_[group]->set_admission(std::nullopt);
   {
     const std::lock_guard structure(tiers_->structure());
     tables_by_id_.erase(table_id);
   }
   tiers_->discard(table_id);
   dropped_.push_back(std::move(tables_[group]));
+  tiers_->lend(check_filter_memory("drop_group", 0));
+  remove_old_filters();
   note_lifetimes();
 }
 
@@ -487,9 +547,11 @@ StorageStats Storage::stats() const {
   for (const auto& table : tables_) {
     if (!table) continue;
     const TableSpec& spec = table->spec();
+    const std::shared_ptr<Admission> admission = table->admission();
     stats.groups.push_back({spec.group, spec.name, spec.dimension, table->rows_at(read_clock()), table->step(),
                             StoredKey::kBytes + kRowHeaderBytes + table->shape().num_floats() * sizeof(float),
-                            spec.lifetime, spec.initializer, spec.initializer_settings, spec.seed});
+                            spec.lifetime, spec.initializer, spec.initializer_settings, spec.seed,
+                            admission ? std::optional(table->info_of(*admission)) : std::nullopt});
   }
   return stats;
 }
@@ -512,14 +574,21 @@ void Storage::build_presence() {
 uint64_t Storage::cut_log() {
   const std::lock_guard cutting(cutting_);
   StorageCounters start;
+  SavedFilters filters(*this, generation_);
   if (planted("log cut without a cut")) {
     const std::lock_guard order(order_);
     start = counters();
   } else {
-    cut([&](const CutInfo& info) { start = info.counters; });
+    cut([&](const CutInfo& info) { start = info.counters; }, &filters);
   }
+  filters.save();
   if (tiers_->presence().complete()) tiers_->presence().save(presence_file(), start.sequence);
+  adopt_files(filters, start.sequence);
   log_->drop_through(planted("log cut too far") ? UINT64_MAX : start.sequence);
+  if (!filters.empty()) {
+    const std::lock_guard order(order_);
+    remove_old_filters();
+  }
   let_expire(start);
   return start.sequence;
 }

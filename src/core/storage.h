@@ -34,6 +34,7 @@
 #include "directory.h"
 #include "manifest.h"
 #include "operation_log.h"
+#include "saved_filter.h"
 #include "store.h"
 #include "table.h"
 #include "thread_pool.h"
@@ -81,8 +82,15 @@ struct StorageStats {
     std::string initializer;
     Settings initializer_settings;
     uint64_t seed;
+    std::optional<Table::FilterInfo> filter;  // of a group that has one
   };
   std::vector<Group> groups;
+};
+
+// What who opens a group says of its filter.
+struct WantedAdmission {
+  enum class Kind { kAsStored, kFilter, kAll } kind = Kind::kAsStored;  // kAll: no filter, every key gets a row
+  FilterSettings filter{};
 };
 
 class Storage {
@@ -98,7 +106,10 @@ class Storage {
   // Opens a group, or makes it. `wanted.group` is kNumGroups when only a name is given. The Table lives as long as the
   // storage. std::invalid_argument, SchemaMismatchError.
   // `lifetime`: of this group alone; absent: as stored, else the storage's.
-  Table& table(TableSpec wanted, std::optional<Lifetime> lifetime = std::nullopt);
+  // `admission`: a filter that the group gets when it has none; it begins empty, and rows that there are stay. One of
+  // other settings than the group's is SchemaMismatchError. kAll drops the group's filter with its counts.
+  // std::invalid_argument when the filters would take more than half of the memory for rows.
+  Table& table(TableSpec wanted, std::optional<Lifetime> lifetime = std::nullopt, WantedAdmission admission = {});
   // Removes a group with all its rows at once; the disk space comes back by and by. Its Table throws from now on.
   // std::invalid_argument when there is no such group.
   void drop_group(uint32_t group);
@@ -190,7 +201,13 @@ class Storage {
   void change_lifetime(Table& table, const Lifetime& lifetime, bool own);
   bool is_too_far(int64_t from, int64_t to) const noexcept;  // a step of the clock that needs to be confirmed
   void note_lifetimes();                                     // order lock held
-  void let_expire(const StorageCounters& log_start);         // nothing in the log is older than this
+  void load_filters();                                       // at open, before anything is changed
+  // What all filters take with one more of `more` bytes. std::invalid_argument when it is more than they may.
+  size_t check_filter_memory(const char* operation, size_t more) const;
+  void set_admission(Table& table, const std::optional<AdmissionSpec>& spec);  // order lock held
+  void drop_filter(Table& table);                                              // opening_ held, the order lock not
+  void remove_old_filters() noexcept;  // files that the manifest does not name; cutting_ and order lock held
+  void let_expire(const StorageCounters& log_start);  // nothing in the log is older than this
   void keep_within_disk();
   void disk_loop();
   uint64_t bytes_on_disk() const;
@@ -203,8 +220,12 @@ class Storage {
     int64_t now;  // perhaps later than the clock in the counters, which is that of the last operation
     Expiry expiry(const TableSpec& spec) const;  // what had expired at the cut
   };
-  // One cut; `closed` runs while the cold tier is exactly the cut.
-  void cut(const std::function<void(const CutInfo&)>& closed);
+  // The filters of one cut on their way into files of a directory. end() takes the order lock.
+  class SavedFilters;
+  // One cut; `closed` runs while the cold tier is exactly the cut. `filters`: which began to be saved at it, all that
+  // have counted keys since they were saved last; cutting_ is held, for they are saved for one cut at a time.
+  void cut(const std::function<void(const CutInfo&)>& closed, SavedFilters* filters = nullptr);
+  void adopt_files(const SavedFilters& filters, uint64_t cut);  // the manifest names them from now on; cutting_ held
   std::shared_ptr<const StoreSnapshot> snapshot(CutInfo& info);
 
   // A cut, after which the log below it is not needed any more. Returns its sequence number.
@@ -238,7 +259,7 @@ class Storage {
   std::map<uint32_t, Table*> tables_by_id_;  // changed under the structure lock too
   std::atomic<uint32_t> next_table_id_{1};   // the manifest's; changed under the structure lock too
   std::optional<CommitRecord> last_commit_;
-  std::mutex cutting_;  // one cut_log() at a time, which saves a file; after opening_, before the others
+  std::mutex cutting_;  // one cut that saves files at a time; after opening_, before the others
   std::mutex opening_;  // one table() or drop_group() at a time; before the order lock
   std::vector<std::unique_ptr<Table>> dropped_;     // their owners may still call them, and get an error
   std::atomic<int64_t> clock_{0};                   // of the last operation; 0: there was none

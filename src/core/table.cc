@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <numeric>
 #include <stdexcept>
@@ -66,6 +67,7 @@ void Table::set_counters(const TableCounters& counters) {
 
 Table::Table(Storage& storage, TableSpec spec) : storage_(storage), shape_(std::move(spec)) {
   set_lr(shape_.optimizer->lr());
+  set_admission(shape_.spec.admission);
 }
 
 void Table::adopt(const TableSpec& wanted) {
@@ -132,6 +134,13 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
   batch->table = this;
   const size_t dimension = spec().dimension;
   const Expiry expiry = expiry_now();
+  const auto first_weights = [&](uint32_t r) {
+    float* to = out + batch->first[r] * dimension;
+    if (zeros)
+      std::fill_n(to, dimension, 0.0f);
+    else
+      shape_.first_weights(batch->mixed[r], to);
+  };
   Tiers::HotRead read = tiers.read_hot(shape_, expiry, *batch, ShardOrder(*batch, tiers.hot()), out, insert);
   if (insert) {
     // All in one record, so that after a crash the lookup made all of its rows or none.
@@ -143,15 +152,13 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
       if (fresh.empty()) absent_at = absent.epoch;
       fresh.insert(fresh.end(), absent.rows.begin(), absent.rows.end());
     }
-    if (!fresh.empty()) create(*batch, fresh, absent_at, out);
-  } else {
-    const auto first_weights = [&](uint32_t r) {
-      float* to = out + batch->first[r] * dimension;
-      if (zeros)
-        std::fill_n(to, dimension, 0.0f);
+    if (!fresh.empty()) {
+      if (const std::shared_ptr<Admission> filter = admission())
+        for (const uint32_t r : admit(*filter, *batch, std::move(fresh), absent_at, out)) first_weights(r);
       else
-        shape_.first_weights(batch->mixed[r], to);
-    };
+        create(*batch, fresh, absent_at, out);
+    }
+  } else {
     tiers.read_through(shape_, expiry, *batch, std::move(read.missing), [&](uint32_t r, const Tiers::Seen& seen) {
       float* to = out + batch->first[r] * dimension;
       if (!seen.found)
@@ -207,6 +214,131 @@ void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<u
     }
   });
   storage_.after_operation(sequence);
+}
+
+// --------------------------------------------------------------- admission
+
+std::shared_ptr<Admission> Table::admission() const {
+  const std::lock_guard lock(admission_mutex_);
+  return admission_;
+}
+
+std::shared_ptr<Admission> Table::admission(const char* operation) const {
+  check_exists(operation);
+  if (auto filter = admission()) return filter;
+  throw std::invalid_argument(std::string("[") + operation + "] " + spec().label() + " has no admission filter");
+}
+
+void Table::set_admission(const std::optional<AdmissionSpec>& spec) {
+  auto made = spec ? std::make_shared<Admission>(*spec) : nullptr;
+  shape_.spec.admission = spec;
+  const std::lock_guard lock(admission_mutex_);
+  admission_.swap(made);
+}
+
+std::vector<uint32_t> Table::admit(Admission& admission, Batch& batch, std::vector<uint32_t> rows,
+                                   std::optional<uint32_t> absent_at, float* out) {
+  Tiers& tiers = *storage_.tiers_;
+  const size_t dimension = spec().dimension, chunk_rows = tiers.chunk_rows(shape_);
+  const auto take = [&](std::span<const uint32_t> taken, const Tiers::Prepared& prepared) {
+    for (const uint32_t r : taken) {
+      if (prepared.slots[r] == kNoSlot) continue;
+      batch.hints[r] = prepared.slots[r];
+      std::memcpy(out + batch.first[r] * dimension, tiers.hot().row(prepared.slots[r])->floats(),
+                  dimension * sizeof(float));
+    }
+  };
+  // In order of first appearance, in whatever order they were found missing.
+  std::sort(rows.begin(), rows.end());
+  std::vector<uint32_t> stands(batch.num_rows(), 0);
+  for (const uint32_t row : batch.index)
+    if (row != Batch::kNoRow) ++stands[row];
+  std::vector<uint32_t> without, admitted;
+  uint64_t sequence = 0;
+  {
+    const std::unique_lock order = storage_.begin_operation();
+    check_exists("lookup");
+    const int64_t time = storage_.tick();
+    const Expiry expiry = expiry_at(time);
+    // From here on nobody else makes a row: these are all that get counted.
+    for_each_chunk(rows, chunk_rows, [&](std::span<const uint32_t> chunk) {
+      const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, false, absent_at);
+      take(chunk, prepared);
+      for (const uint32_t r : chunk)
+        if (prepared.slots[r] == kNoSlot) without.push_back(r);
+    });
+    if (without.empty()) return without;
+    std::vector<uint64_t> keys;
+    std::vector<uint32_t> times;
+    for (const uint32_t r : without) {
+      keys.push_back(unmix_key(batch.mixed[r]));
+      times.push_back(stands[r]);
+    }
+    const Bytes times_bytes = std::as_bytes(std::span(times));
+    const CountRecord record{.table_id = spec().table_id,
+                             .time = time,
+                             .unit = expiry.unit,
+                             .alive_since = expiry.alive_since,
+                             .bucket = spec().lifetime.bucket(mark(time, step_)),
+                             .keys = keys,
+                             .times = times_bytes};
+    const std::string prefix = encode_count_prefix(record);
+    const std::array<Bytes, 3> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(keys)), times_bytes};
+    sequence = storage_.append(RecordType::kCount, parts);
+    // Which keys come in is known only now. Should their rows not be made, redo counts the keys again and makes them.
+    after_log(tiers, [&] {
+      const std::unique_ptr<bool[]> seen = admission.count(keys, times, sequence);
+      std::vector<uint32_t> refused;
+      for (size_t i = 0; i < without.size(); ++i) (seen[i] ? admitted : refused).push_back(without[i]);
+      without = std::move(refused);
+      for_each_chunk(admitted, chunk_rows, [&](std::span<const uint32_t> chunk) {
+        const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true, Tiers::kStillAbsent);
+        tiers.create_rows(shape_, batch, prepared, sequence, step_, time);
+        take(chunk, prepared);
+      });
+      count({record.unit, record.alive_since, {{record.bucket, static_cast<int64_t>(admitted.size())}}});
+    });
+    admission.refused += without.size();
+  }
+  storage_.after_operation(sequence);
+  return without;
+}
+
+std::optional<FilterSettings> Table::filter_settings() const {
+  const std::shared_ptr<Admission> filter = admission();
+  return filter ? std::optional(filter->filter->settings()) : std::nullopt;
+}
+
+Table::FilterInfo Table::info_of(const Admission& admission) const {
+  const CountingBloomFilter& filter = *admission.filter;
+  return {.settings = filter.settings(),
+          .memory_bytes = filter.memory_bytes(),
+          .adds = filter.adds(),
+          .fill = filter.fill(),
+          .distinct_keys = filter.distinct_keys(),
+          .refused = admission.refused,
+          .ignored = admission.ignored};
+}
+
+Table::FilterInfo Table::filter_info() const {
+  const Storage::Use use(storage_, "admission");
+  const std::lock_guard order(storage_.order_);
+  return info_of(*admission("admission"));
+}
+
+double Table::filter_estimated_fpr() const {
+  const Storage::Use use(storage_, "admission");
+  return admission("admission")->filter->estimated_fpr();
+}
+
+void Table::filter_estimate(std::span<const uint64_t> keys, uint8_t* out) const {
+  const Storage::Use use(storage_, "estimate");
+  admission("estimate")->filter->estimate(keys, out);
+}
+
+void Table::filter_check(std::span<const uint64_t> keys, bool* out) const {
+  const Storage::Use use(storage_, "check");
+  admission("check")->filter->check(keys, out);
 }
 
 // --------------------------------------------------------- apply_gradients
@@ -403,8 +535,9 @@ void Table::count(const AgeEffect& effect) noexcept {
 }
 
 struct Table::Operation {
-  bool create = true;                   // rows that exist nowhere are made
-  std::function<void(AgeEffect&)> log;  // writes the record
+  bool create = true;  // rows that exist nowhere are made; else they are left out
+  // Writes the record of these rows.
+  std::function<void(AgeEffect&, std::span<const uint32_t> rows)> log;
   std::function<void(std::span<const uint32_t> rows, const Tiers::Prepared&)> change;
 };
 
@@ -419,7 +552,13 @@ void Table::operate(const Batch& batch, std::span<const uint32_t> rows, const Ex
   if (rows.size() <= chunk) {
     Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, rows, operation.create);
     AgeEffect effect;
+    std::vector<uint32_t> there;
     try {
+      if (!operation.create) {
+        std::copy_if(rows.begin(), rows.end(), std::back_inserter(there),
+                     [&](uint32_t r) { return prepared.slots[r] != kNoSlot; });
+        rows = there;
+      }
       std::vector<int64_t> marks(batch.num_rows(), 0);
       if (expiry.unit != AgeUnit::kNone)
         for (const uint32_t r : rows) {
@@ -429,7 +568,7 @@ void Table::operate(const Batch& batch, std::span<const uint32_t> rows, const Ex
         }
       for (const uint32_t r : prepared.fresh) marks[r] = kAbsent;
       effect = effect_on(rows, marks, expiry, renewed);
-      operation.log(effect);
+      operation.log(effect, rows);
     } catch (...) {
       tiers.abandon(prepared);
       throw;
@@ -442,8 +581,13 @@ void Table::operate(const Batch& batch, std::span<const uint32_t> rows, const Ex
   }
   std::vector<int64_t> marks;
   for (const Found& row : survey(batch, expiry)) marks.push_back(row.mark);
+  std::vector<uint32_t> there;
+  if (!operation.create) {
+    std::copy_if(rows.begin(), rows.end(), std::back_inserter(there), [&](uint32_t r) { return marks[r] != kAbsent; });
+    rows = there;
+  }
   AgeEffect effect = effect_on(rows, marks, expiry, renewed);
-  operation.log(effect);
+  operation.log(effect, rows);
   count(effect);
   try {
     for_each_chunk(rows, chunk, [&](std::span<const uint32_t> part) {
@@ -458,6 +602,7 @@ void Table::operate(const Batch& batch, std::span<const uint32_t> rows, const Ex
 
 uint64_t Table::apply_sums(const Batch& batch, std::span<const uint64_t> keys, const float* sums, double lr) {
   Tiers& tiers = *storage_.tiers_;
+  const size_t dimension = spec().dimension;
   const std::vector<uint32_t> rows = all_rows(batch);
   uint64_t sequence = 0;
   ApplyRecord record;
@@ -469,16 +614,32 @@ uint64_t Table::apply_sums(const Batch& batch, std::span<const uint64_t> keys, c
   record.time = storage_.tick();
   record.numbers = optimizer().numbers(lr, record.group_step);
   record.keys = keys;
-  const Operation operation{.create = true,
+  // A key that its filter has not let in has nothing to learn with.
+  const std::shared_ptr<Admission> filter = admission();
+  const Operation operation{.create = filter == nullptr,
                             .log =
-                                [&](AgeEffect& effect) {
-                                  record.ages = effect;
-                                  const std::string prefix = encode_apply_prefix(record);
-                                  const std::array<Bytes, 3> parts{
-                                      std::as_bytes(std::span(prefix)), std::as_bytes(keys),
-                                      std::as_bytes(std::span(sums, rows.size() * spec().dimension))};
+                                [&](AgeEffect& effect, std::span<const uint32_t> present) {
+                                  ApplyRecord written = record;
+                                  written.ages = effect;
+                                  std::span logged(sums, rows.size() * dimension);
+                                  std::vector<uint64_t> some_keys;
+                                  std::vector<float> some_sums;
+                                  if (present.size() != rows.size()) {
+                                    some_sums.resize(present.size() * dimension);
+                                    float* to = some_sums.data();
+                                    for (const uint32_t r : present) {
+                                      some_keys.push_back(keys[r]);
+                                      to = std::copy_n(sums + r * dimension, dimension, to);
+                                    }
+                                    written.keys = some_keys;
+                                    logged = some_sums;
+                                  }
+                                  const std::string prefix = encode_apply_prefix(written);
+                                  const std::array<Bytes, 3> parts{std::as_bytes(std::span(prefix)),
+                                                                   std::as_bytes(written.keys), std::as_bytes(logged)};
                                   sequence = storage_.append(RecordType::kApply, parts);
                                   step_ = record.group_step;
+                                  if (filter) filter->ignored += rows.size() - present.size();
                                 },
                             .change =
                                 [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
@@ -527,7 +688,7 @@ uint64_t Table::erase(std::span<const uint64_t> keys, Erased what, uint64_t newe
     const Operation operation{
         .create = false,
         .log =
-            [&](AgeEffect& effect) {
+            [&](AgeEffect& effect, std::span<const uint32_t>) {
               if (what == Erased::kAll) effect.changes.clear();
               const std::string prefix = encode_keys_prefix({spec().table_id, time, effect, erased});
               const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(erased))};
@@ -569,7 +730,7 @@ void Table::import_rows(std::span<const uint64_t> keys, std::span<const uint32_t
     const Operation operation{
         .create = true,
         .log =
-            [&](AgeEffect& effect) {
+            [&](AgeEffect& effect, std::span<const uint32_t>) {
               const ImportRecord record{.table_id = spec().table_id,
                                         .num_floats = static_cast<uint32_t>(num_floats),
                                         .time = time,
@@ -699,7 +860,8 @@ void Table::redo_apply(uint64_t sequence, const ApplyRecord& record, const std::
   std::vector<uint32_t> rows = all_rows(batch);
   if (planted("redo of one key left out") && rows.size() > 1) rows.pop_back();
   std::vector<float> sums(record.gradients.size() / sizeof(float));
-  std::memcpy(sums.data(), record.gradients.data(), record.gradients.size());
+  // No keys: an update whose gradients a filter has left out, all of them.
+  if (!sums.empty()) std::memcpy(sums.data(), record.gradients.data(), record.gradients.size());
   if (batch.num_rows() != record.keys.size())
     throw CorruptionError("[open] " + source + " at offset " + std::to_string(offset) + " repeats a key");
   const Expiry expiry{record.ages.unit, record.ages.alive_since, step_};
@@ -733,6 +895,30 @@ void Table::redo_erase(uint64_t sequence, const KeysRecord& record) {
     tiers.erase(chunk, prepared, sequence);
   });
   count(record.ages);
+}
+
+void Table::redo_count(uint64_t sequence, const CountRecord& record, const std::string& source, uint64_t offset) {
+  const auto refuse = [&](const char* what) {
+    throw CorruptionError("[open] " + source + " at offset " + std::to_string(offset) + " counts keys of " +
+                          spec().label() + what);
+  };
+  const std::shared_ptr<Admission> filter = admission();
+  if (!filter) refuse(", which has no admission filter");
+  Tiers& tiers = *storage_.tiers_;
+  const Batch batch(record.keys, std::nullopt);
+  if (batch.num_rows() != record.keys.size()) refuse(", one of them twice");
+  std::vector<uint32_t> times(record.keys.size());
+  if (!times.empty()) std::memcpy(times.data(), record.times.data(), record.times.size());
+  const std::unique_ptr<bool[]> seen = filter->count(record.keys, times, sequence);
+  std::vector<uint32_t> admitted;
+  for (uint32_t r = 0; r < batch.num_rows(); ++r)
+    if (seen[r]) admitted.push_back(r);
+  const Expiry expiry{record.unit, record.alive_since, step_};
+  for_each_chunk(admitted, tiers.chunk_rows(shape_), [&](std::span<const uint32_t> chunk) {
+    const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true);
+    tiers.create_rows(shape_, batch, prepared, sequence, step_, record.time);
+  });
+  count({record.unit, record.alive_since, {{record.bucket, static_cast<int64_t>(admitted.size())}}});
 }
 
 void Table::redo_import(uint64_t sequence, const ImportRecord& record, const std::string& source, uint64_t offset) {

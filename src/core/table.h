@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "admission.h"
 #include "batch.h"
 #include "format.h"
 #include "lifetime.h"
@@ -72,9 +73,10 @@ class Table {
   void set_lr(double lr);
   void set_lr(std::shared_ptr<const Schedule> schedule);
 
-  // Fills `out` for every key. With `insert`, keys without a row get one (a training lookup), and the batch comes back
-  // for the backward pass. Without, nothing is stored, counted or evicted; unknown keys read as their first weights, or
-  // as zeros. Positions whose key is `padding` read as zeros and belong to no row. On an error `out` is unspecified.
+  // Fills `out` for every key. With `insert`, keys without a row get one (a training lookup) as soon as the group's
+  // filter, if it has one, lets them in, and the batch comes back for the backward pass. Without, nothing is stored,
+  // counted or evicted. Keys that have no row then read as their first weights, or as zeros. Positions whose key is
+  // `padding` read as zeros and belong to no row. On an error `out` is unspecified.
   std::shared_ptr<Batch> lookup(std::span<const uint64_t> keys, float* out, bool insert, bool zeros,
                                 std::optional<uint64_t> padding);
 
@@ -82,7 +84,8 @@ class Table {
     const Batch* batch;      // of this table's lookup
     const float* gradients;  // [positions, dimension]
   };
-  // One optimizer step: the gradients of all parts summed per key in order of appearance. Keys without a row get one.
+  // One optimizer step: the gradients of all parts summed per key in order of appearance. Keys without a row get one;
+  // in a group with a filter their gradients are left out instead, which is a step all the same.
   // `lr` overrides the rate for this step. NaN or infinity: std::invalid_argument names the first key, nothing is
   // applied.
   // The schedule is asked once for each update, in the order of the steps, for the step the update gets: with the order
@@ -107,6 +110,20 @@ class Table {
   // [keys, weights and state]. std::invalid_argument names the first key that stands twice or has a float that is not
   // finite; nothing has changed.
   void import_rows(std::span<const uint64_t> keys, std::span<const uint32_t> update_counts, const float* floats);
+  // The filter, looked at. std::invalid_argument when the group has none.
+  struct FilterInfo {
+    FilterSettings settings;
+    uint64_t memory_bytes = 0;
+    uint64_t adds = 0;
+    double fill = 0.0, distinct_keys = 0.0;
+    uint64_t refused = 0, ignored = 0;  // since the open: as Admission's
+  };
+  std::optional<FilterSettings> filter_settings() const;  // absent: every key gets a row
+  FilterInfo filter_info() const;
+  double filter_estimated_fpr() const;  // reads all counters
+  void filter_estimate(std::span<const uint64_t> keys, uint8_t* out) const;
+  void filter_check(std::span<const uint64_t> keys, bool* out) const;
+
   void contains(std::span<const uint64_t> keys, bool* out) const;
   std::optional<RowInfo> inspect(uint64_t key) const;
   void prefetch(std::span<const uint64_t> keys);  // a hint: returns at once
@@ -129,6 +146,15 @@ class Table {
   void adopt(const TableSpec& wanted);  // other optimizer settings of the same layout; order and structure lock held
   void expand(const Batch& batch, float* out) const;
   void create(Batch& batch, std::span<const uint32_t> rows, std::optional<uint32_t> absent_at, float* out);
+  // The same in a group with a filter: counts the keys that still have no row, and makes the rows of those that come to
+  // its count. Returns the others.
+  std::vector<uint32_t> admit(Admission& admission, Batch& batch, std::vector<uint32_t> rows,
+                              std::optional<uint32_t> absent_at, float* out);
+  // Null in a group without a filter.
+  std::shared_ptr<Admission> admission() const;
+  std::shared_ptr<Admission> admission(const char* operation) const;  // std::invalid_argument instead
+  void set_admission(const std::optional<AdmissionSpec>& spec);       // order lock held
+  FilterInfo info_of(const Admission& admission) const;               // order lock held
   struct Sums {
     std::unique_ptr<const Batch> merged;  // unless there is exactly one part
     const Batch* batch = nullptr;         // the part's, or `merged`
@@ -162,6 +188,7 @@ class Table {
   void redo_apply(uint64_t sequence, const ApplyRecord& record, const std::string& source, uint64_t offset);
   void redo_insert(uint64_t sequence, const KeysRecord& record);
   void redo_erase(uint64_t sequence, const KeysRecord& record);
+  void redo_count(uint64_t sequence, const CountRecord& record, const std::string& source, uint64_t offset);
   void redo_import(uint64_t sequence, const ImportRecord& record, const std::string& source, uint64_t offset);
 
   Storage& storage_;
@@ -173,7 +200,9 @@ class Table {
   std::atomic<bool> dropped_{false};
   mutable std::mutex schedule_mutex_;  // protects the pointer, for a moment: a schedule is asked without it
   std::shared_ptr<const Schedule> schedule_;
-  bool in_use_ = false;  // some Embedding of this process has it; order lock
+  bool in_use_ = false;                 // some Embedding of this process has it; order lock
+  mutable std::mutex admission_mutex_;  // protects the pointer, for a moment
+  std::shared_ptr<Admission> admission_;
 
   // The last training lookup, for an apply_gradients of the same keys: saves finding repeats and rows again.
   struct LastLookup {

@@ -6,6 +6,7 @@
 
 #include "error.h"
 #include "format.h"
+#include "settings.h"
 
 namespace damo {
 namespace {
@@ -71,6 +72,24 @@ void check_same_layout(const TableSpec& stored, const TableSpec& wanted) {
     differ("initializer", stored.initializer + show(stored.initializer_settings),
            wanted.initializer + show(wanted.initializer_settings), other);
   if (stored.seed != wanted.seed) differ("seed", std::to_string(stored.seed), std::to_string(wanted.seed), other);
+}
+
+void check_same_filter(const TableSpec& stored, const FilterSettings& wanted) {
+  const FilterSettings& is = stored.admission->filter;
+  std::string differences;
+  const auto compare = [&](const char* name, const std::string& a, const std::string& b) {
+    if (a == b) return;
+    differences += (differences.empty() ? "" : ", ") + std::string(name) + "=" + a + " (opened with " + b + ")";
+  };
+  const auto halving = [](uint64_t every) { return every == 0 ? std::string("None") : std::to_string(every); };
+  compare("capacity", std::to_string(is.capacity), std::to_string(wanted.capacity));
+  compare("count", std::to_string(is.count), std::to_string(wanted.count));
+  compare("fpr", format_number(is.fpr), format_number(wanted.fpr));
+  compare("halve_every", halving(is.halve_every), halving(wanted.halve_every));
+  if (differences.empty()) return;
+  throw SchemaMismatchError("[embedding] " + stored.label() + " is stored with an admission filter of " + differences +
+                            ": give its settings, or leave admission out to go on with it; to count anew with others,"
+                            " open the group once with admission=\"all\", which drops the filter");
 }
 
 TableShape::TableShape(TableSpec given)

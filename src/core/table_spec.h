@@ -6,10 +6,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "counting_bloom_filter.h"
 #include "initializer.h"
 #include "lifetime.h"
 #include "optimizer.h"
@@ -19,6 +21,13 @@ namespace damo {
 inline constexpr uint32_t kMaxDimension = 4096;
 inline constexpr size_t kMaxGroupName = 255;  // bytes
 inline constexpr int kNumGroups = 256;
+
+// The filter that decides which keys get a row.
+struct AdmissionSpec {
+  FilterSettings filter;
+  // Its file has the counts after this operation, and the log those since. 0: no file, the log has all counts.
+  uint64_t saved = 0;
+};
 
 struct TableSpec {
   uint32_t group = 0;     // 0-255
@@ -33,7 +42,8 @@ struct TableSpec {
   uint64_t seed = 0;
   uint64_t stream = 0;  // tells this group's first weights from another's: stream_of(...)
   Lifetime lifetime;
-  bool own_lifetime = false;  // given for this group; else it follows the storage's
+  bool own_lifetime = false;               // given for this group; else it follows the storage's
+  std::optional<AdmissionSpec> admission;  // absent: every key gets a row
 
   // `group "user"` or `group 7`, for messages.
   std::string label() const;
@@ -48,6 +58,9 @@ void check_spec(const TableSpec& spec);
 
 // SchemaMismatchError that names the first difference a stored row would feel, and the way out.
 void check_same_layout(const TableSpec& stored, const TableSpec& wanted);
+
+// SchemaMismatchError that says which settings of the filter differ, and the way out.
+void check_same_filter(const TableSpec& stored, const FilterSettings& wanted);
 
 // A group as the loops see it.
 struct TableShape {

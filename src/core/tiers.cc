@@ -24,6 +24,7 @@ constexpr size_t kCopyChunk = 1024;  // rows encoded at a time under the structu
 Tiers::Tiers(size_t hot_bytes, size_t filter_bytes, size_t num_shards, Store& store, ThreadPool& pool,
              WriteAhead write_ahead, ShapeOf shape_of)
     : hot_(hot_bytes, num_shards),
+      all_bytes_(hot_bytes),
       presence_(filter_bytes),
       store_(store),
       pool_(pool),
@@ -80,6 +81,11 @@ TiersStats Tiers::stats() const {
   stats.hot_bytes_in_use = hot_.bytes_in_use();
   stats.hot_bytes = hot_.bytes();
   return stats;
+}
+
+void Tiers::lend(size_t bytes) {
+  const std::lock_guard lock(structure_);
+  hot_.set_bytes(all_bytes_ - bytes);
 }
 
 size_t Tiers::chunk_rows(const TableShape& shape) const noexcept {
@@ -370,7 +376,8 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, co
           prepared.fresh.push_back(r);
         else
           prepared.slots[r] = kNoSlot;
-      } else if (absent[r] == kUnknown || removed_since(mixed, static_cast<uint32_t>(absent[r]))) {
+      } else if ((absent[r] == kUnknown || removed_since(mixed, static_cast<uint32_t>(absent[r]))) &&
+                 (create || may_be_cold(StoredKey::make(table_id, mixed)))) {
         misses.push_back(r);
       } else if (create) {
         need_slot.push_back(r);
@@ -794,7 +801,7 @@ void Tiers::evict_some(size_t slot_bytes, size_t target) {
     }
     const size_t own = hot_.slabs_of(slot_bytes), sizes = std::max<size_t>(hot_.sizes_in_use(), 1);
     const size_t own_slots = own * (hot_.max_slot_bytes() / slot_bytes);
-    const bool starved = own * sizes * 2 < hot_.num_slabs();  // less than half a fair share
+    const bool starved = own * sizes * 2 < hot_.slab_limit();  // less than half a fair share
     // Room for the operation at hand beside what it waits for: were its own rows the only ones to evict, it would
     // bring them in again and again.
     const size_t working = working_slot_bytes_ == slot_bytes ? working_rows_ : 0;

@@ -70,6 +70,9 @@ class Tiers {
   PresenceFilter& presence() noexcept { return presence_; }
   std::mutex& structure() noexcept { return structure_; }
 
+  // So many bytes of the rows' memory are something else's from now on.
+  void lend(size_t bytes);
+
   // Rows of this shape that one operation may hold in memory at once.
   size_t chunk_rows(const TableShape& shape) const noexcept;
 
@@ -123,6 +126,8 @@ class Tiers {
   // `rows` were found absent (saves looking again). Throws with nothing changed.
   Prepared prepare(const TableShape& shape, const Expiry& expiry, const Batch& batch, std::span<const uint32_t> rows,
                    bool create, std::optional<uint32_t> absent_at = std::nullopt);
+  // For `absent_at`: rows that an earlier prepare under the same hold of the order lock found nowhere. They stay so.
+  static constexpr uint32_t kStillAbsent = ~uint32_t{0};
   // Gives back the slots of fresh rows when the operation does not happen after all.
   void abandon(Prepared& prepared) noexcept;
   // Turns the fresh rows into rows: update count 0, first floats.
@@ -201,6 +206,8 @@ class Tiers {
   void remove_row(Slot slot);  // structure lock held
   // As store_.multi_get, without the keys that cannot be there.
   void read_cold(std::span<const StoredKey> keys, const Store::Found& found) const;
+  // Of a row that is not in memory: the filter had its key before the row left. Structure lock held.
+  bool may_be_cold(const StoredKey& key) const noexcept { return !presence_.complete() || presence_.may_contain(key); }
   bool needs_displacing(const HotRow& row) const noexcept {
     return cut_active_ && row.has(HotRow::kDirty) && row.sequence <= cut_sequence_ && !row.has(HotRow::kSaved);
   }
@@ -223,6 +230,7 @@ class Tiers {
   size_t high_water(size_t slot_bytes) const noexcept;
 
   HotTier hot_;
+  const size_t all_bytes_;  // of the rows, before others take some
   PresenceFilter presence_;
   Store& store_;
   ThreadPool& pool_;

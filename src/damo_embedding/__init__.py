@@ -5,6 +5,7 @@
 alone; `damo_embedding.torch` is the PyTorch front.
 """
 
+from damo_embedding.admission import Admission
 from damo_embedding.dump_reader import read_dump
 from damo_embedding.embedding import Embedding, RowInfo, Rows
 from damo_embedding.errors import (
@@ -65,6 +66,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Admission",
     "AlreadyOpenError",
     "ClosedError",
     "Constant",

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from damo_embedding import _core
+from damo_embedding.admission import Admission, parse_admission
 from damo_embedding.errors import SchemaMismatchError
+from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.initializers import Initializer
 from damo_embedding.keys import Keys, parse_keys
 from damo_embedding.lifetimes import Steps, Ttl, parse_ttl, show_ttl
@@ -62,14 +64,25 @@ class Embedding:
         seed: 0 to 2**64 - 1. First weights are a pure function of (seed, group, key, position).
         ttl: How long a row lives after its last update (or its creation), as for `Storage`. None: as stored for
             this group, else the storage's.
+        admission: Which keys get a row: CountingBloomFilter(capacity=..., count=3), say, those that training
+            lookups have seen three times. It describes the filter that the storage makes and keeps, and takes the
+            memory from the storage's budget: so it has no path and counts nothing itself. None: as stored for this
+            group, at first every key. "all": every key from now on; a filter that the group has is dropped. A group
+            that has none may get one later: its rows stay, and other keys are counted from nothing.
 
     Opening the group again needs the same dimension, optimizer (its rate or schedule and its betas may change
     from one run to the next), initializer and seed; two embeddings of one group share its rows. All methods may
     be called from any thread.
 
+    With a filter, a key without a row reads as `missing` of `lookup` says, its gradients are ignored, and each
+    training lookup counts it as often as it stands there; in the lookup in which it comes to `count` it gets its
+    row. A key that has a row keeps it and is not counted. When the row is erased or expires, the count is what it
+    was, and the next training lookup gives it a new one. Evaluation counts nothing; `import_rows` asks no filter.
+
     Raises:
         SchemaMismatchError: The group is stored, or open, with other settings.
-        ValueError, TypeError: An argument is out of range or of the wrong type.
+        ValueError, TypeError: An argument is out of range or of the wrong type; or the filter does not fit into the
+            storage's memory budget.
 
     Example:
         >>> optimizer, initializer = Adam(lr=1e-3), Uniform(-0.01, 0.01)
@@ -90,6 +103,7 @@ class Embedding:
         seed: int = 0,
         *,
         ttl: Ttl | None = None,
+        admission: CountingBloomFilter | Literal["all"] | None = None,
     ) -> None:
         if not isinstance(storage, Storage):
             raise TypeError(f"[embedding] storage is {type(storage).__name__}, expected a Storage")
@@ -123,6 +137,7 @@ class Embedding:
             initializer._settings(),
             int(seed),
             parse_ttl("embedding", ttl),
+            parse_admission("embedding", admission),
         )
         first = storage._rates.open(self._table, optimizer.lr)
         if first != optimizer.lr:
@@ -173,6 +188,12 @@ class Embedding:
         return show_ttl(*self._table.ttl)
 
     @property
+    def admission(self) -> Admission | None:
+        """The filter that decides which keys get a row, to look at; None when every key gets one."""
+        settings = self._table.filter_settings
+        return None if settings is None else Admission(self._table, settings)
+
+    @property
     def step(self) -> int:
         """How many updates were applied to the group, over all runs."""
         return self._table.step
@@ -215,9 +236,9 @@ class Embedding:
             keys: int64 or uint64 of any shape; the same bits are the same key. Repeated keys are fine.
             out: Where to write: float32, C-contiguous, writable, of shape keys.shape + (dimension,). None: a
                 new array.
-            insert: A training lookup: unknown keys get a row, which counts from now on. False: nothing is
-                stored, counted or evicted.
-            missing: What unknown keys read as when insert=False: the first weights that training would start
+            insert: A training lookup: unknown keys get a row, which counts from now on; with `admission`, those
+                that come to its count by this lookup. False: nothing is stored, counted or evicted.
+            missing: What keys read as that have no row after that: the first weights that training would start
                 from, or zeros.
 
         Returns:
@@ -251,13 +272,14 @@ class Embedding:
         """One optimizer step. Gradients of a key that stands several times are summed, then applied once.
 
         Args:
-            keys: int64 or uint64 of any shape. Keys without a row get one.
+            keys: int64 or uint64 of any shape. Keys without a row get one; with `admission`, their gradients are
+                ignored instead (`stats()` counts them).
             gradients: float32 of shape keys.shape + (dimension,), of the loss itself: never divided by the
                 batch size.
             lr: The rate of this step instead of `self.lr`, at least 0; a schedule is then not asked.
 
-        An empty batch does nothing and is no step. When the call returns, the update survives the death of
-        the process.
+        An empty batch does nothing and is no step; one whose gradients are all ignored is a step. When the call
+        returns, the update survives the death of the process.
 
         Raises:
             ValueError: A gradient is NaN or infinite (names the first such key), or a shape is wrong; nothing
@@ -323,8 +345,8 @@ class Embedding:
                 new row starts.
             counts: How often each row was updated, integers [n] below 2**32; Adam's bias correction uses it. None: 0.
 
-        The rows count as updated now, for `ttl`; the group's step stays. A call takes memory as large as its rows:
-        give millions of rows in parts.
+        The rows count as updated now, for `ttl`; the group's step stays. `admission` is not asked. A call takes
+        memory as large as its rows: give millions of rows in parts.
 
         Raises:
             ValueError: A key stands twice (names it), a float is NaN or infinite, a shape or a state's name is wrong;

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,16 @@ from damo_embedding.storage import PathLike, _parse_int, parse_path
 
 __all__ = ["CountingBloomFilter"]
 
+_T = TypeVar("_T", np.bool_, np.uint8)
+
+
+def _ask(operation: str, keys: Keys, dtype: type[_T], ask: Callable[[Any, Any], None]) -> tuple[npt.NDArray[_T], bool]:
+    """What `ask` fills in for each key, and whether one key was given."""
+    array = parse_keys(operation, keys)
+    out = np.empty(array.shape, dtype)
+    ask(array.reshape(-1), out.reshape(-1))
+    return out, array.ndim == 0
+
 
 class CountingBloomFilter:
     """Counts keys in a few bytes each, and says which were added at least `count` times.
@@ -25,7 +36,8 @@ class CountingBloomFilter:
     counts outlive the process. docs/admission.md has the formulas and the measured rates.
 
     Making one is cheap: without a path, memory comes with the first `add`. All methods may be called from any
-    thread; a forked child makes its own.
+    thread; a forked child makes its own. As `admission=` of an `Embedding`, one without a path that was not used
+    yet says which filter the storage keeps for the group; it stays empty itself.
 
     Args:
         capacity: Distinct keys it is made for, 1 to 2**40. More may be added; the rate then grows.
@@ -130,10 +142,8 @@ class CountingBloomFilter:
         Returns:
             A bool for one key, else bools of the keys' shape. Never False for a key that was.
         """
-        array = parse_keys("check", keys)
-        out = np.empty(array.shape, np.bool_)
-        self._core.check(array.reshape(-1), out.reshape(-1))
-        return out if array.ndim else bool(out)
+        out, one = _ask("check", keys, np.bool_, self._core.check)
+        return bool(out) if one else out
 
     @overload
     def estimate(self, keys: int) -> int: ...
@@ -149,10 +159,8 @@ class CountingBloomFilter:
         Returns:
             An int for one key, else uint8 of the keys' shape.
         """
-        array = parse_keys("estimate", keys)
-        out = np.empty(array.shape, np.uint8)
-        self._core.estimate(array.reshape(-1), out.reshape(-1))
-        return out if array.ndim else int(out)
+        out, one = _ask("estimate", keys, np.uint8, self._core.estimate)
+        return int(out) if one else out
 
     def __len__(self) -> int:
         """About how many distinct keys it holds: estimated from the fill, good to a percent up to capacity."""

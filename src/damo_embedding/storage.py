@@ -463,7 +463,9 @@ class Storage:
           forgotten: rows erased to keep within `disk`.
         - groups: for each, group, name, dimension, rows, step (applied updates), row_bytes (of a stored row,
           key and header included), ttl (seconds, Steps(n) or "never"), initializer (its name),
-          initializer_settings, seed.
+          initializer_settings, seed, admission: None, or of its filter memory_bytes, adds, keys (distinct, about),
+          fill, refused (keys of training lookups that got no row), ignored_gradients (keys of updates that had
+          none). `Embedding.admission` tells the false-positive rate.
         """
         stats: dict[str, Any] = self._core.stats()
         for group in stats["groups"]:

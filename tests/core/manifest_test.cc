@@ -104,8 +104,8 @@ void damage_is_refused(const std::string& good, Decode&& decode) {
       }
     }
   }
-  const std::string newer = sealed_again(good, [](std::string& text) { text[8] = 2; });
-  CHECK_THROWS_WITH_AS(decode(newer), doctest::Contains("format 2"), CorruptionError);
+  const std::string newer = sealed_again(good, [](std::string& text) { text[8] = 9; });
+  CHECK_THROWS_WITH_AS(decode(newer), doctest::Contains("format 9"), CorruptionError);
   CHECK_THROWS_WITH_AS(decode(newer), doctest::Contains("upgrade"), CorruptionError);
   CHECK_THROWS_AS(decode(sealed_again(good, [](std::string& text) { text += "more"; })), CorruptionError);
 }
@@ -126,6 +126,30 @@ TEST_CASE("manifest: comes back as it was written") {
 
 TEST_CASE("manifest: every truncation and flipped byte is CorruptionError; a newer version is named") {
   damage_is_refused(encode_manifest(some_manifest()), kManifest);
+}
+
+TEST_CASE("manifest: with filters it is of version 2, without of version 1, and both are read") {
+  Manifest manifest = some_manifest();
+  CHECK(encode_manifest(manifest)[8] == 1);
+  manifest.tables[1].admission = AdmissionSpec{{1000, 3, 1e-3, 77}, 42};
+  manifest.cut = 50;
+  const std::string text = encode_manifest(manifest);
+  CHECK(text[8] == 2);
+  damage_is_refused(text, kManifest);
+  const Manifest back = kManifest(text);
+  CHECK(back.cut == 50);
+  CHECK_FALSE(back.tables[0].admission);
+  REQUIRE(back.tables[1].admission);
+  CHECK(back.tables[1].admission->filter == FilterSettings{1000, 3, 1e-3, 77});
+  CHECK(back.tables[1].admission->saved == 42);
+  CHECK(same(back.tables[1], manifest.tables[1]));
+  manifest.tables[1].admission.reset();
+  CHECK(kManifest(encode_manifest(manifest)).cut == 50);  // the filter is gone, what was cut stays cut
+  for (const FilterSettings& bad :
+       {FilterSettings{0, 3, 1e-3, 0}, FilterSettings{9, 16, 1e-3, 0}, FilterSettings{9, 3, 0.7, 0}}) {
+    manifest.tables[1].admission = AdmissionSpec{bad, 0};
+    CHECK_THROWS_AS(kManifest(encode_manifest(manifest)), CorruptionError);
+  }
 }
 
 TEST_CASE("manifest: settings of a group out of range, and two groups of one number, are CorruptionError") {

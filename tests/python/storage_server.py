@@ -39,6 +39,7 @@ class Group:
     initializer: de.Initializer
     dimension: int
     seed: int = 0
+    admission: de.CountingBloomFilter | None = None
 
     def open(self, storage: de.Storage) -> de.Embedding:
         return de.Embedding(
@@ -48,6 +49,7 @@ class Group:
             dimension=self.dimension,
             group=self.group,
             seed=self.seed,
+            admission=self.admission,
         )
 
 
@@ -91,6 +93,12 @@ class Served:
 
     def rows(self, group: int) -> dict[int, Row]:
         return rows_of(self.embeddings[group])
+
+    def filter(self, group: int, keys: np.ndarray) -> tuple[int, np.ndarray]:
+        """(adds, the estimate of each key) of a group's filter."""
+        admission = self.embeddings[group].admission
+        assert admission is not None
+        return admission.adds, np.asarray(admission.estimate(keys))
 
     def read_dump(self, path: Path, **conditions: Any) -> tuple[int, dict[int, Any]]:
         return self.storage.dump(path, **conditions), de.read_dump(path)

@@ -234,7 +234,9 @@ SCHEDULES: list[tuple[str, dict[str, Any], Callable[[int], float]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "formula"), SCHEDULES, ids=[f"{name}-{given}" for name, given, _ in SCHEDULES])
+@pytest.mark.parametrize(
+    ("name", "given", "formula"), SCHEDULES, ids=[f"{name}-{given}" for name, given, _ in SCHEDULES]
+)
 def test_rates_equal_the_table_s_formula(
     name: str, given: dict[str, Any], formula: Callable[[int], float], storage: damo.PyStorage, group: int
 ) -> None:

@@ -24,8 +24,8 @@ def xxh3(seed: int, data: bytes) -> int:
 
 
 def raised(data: bytes, at: int) -> bytes:
-    """One more than the u32 at `at`."""
-    return data[:at] + struct.pack("<I", struct.unpack_from("<I", data, at)[0] + 1) + data[at + 4 :]
+    """More than the u32 at `at`, by far: some formats have two versions."""
+    return data[:at] + struct.pack("<I", struct.unpack_from("<I", data, at)[0] + 100) + data[at + 4 :]
 
 
 def sealed(data: bytes) -> bytes:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 
 from damo_embedding.embedding import Embedding as CoreEmbedding
+from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.initializers import Initializer
+from damo_embedding.lifetimes import Ttl
 from damo_embedding.optimizers import Optimizer
 from damo_embedding.storage import Storage
 from damo_embedding.torch.feature import Feature
@@ -34,7 +36,9 @@ class EmbeddingCollection(torch.nn.Module):
         optimizer: what updates the rows of features without an optimizer of their own.
         initializer: first weights of features without an initializer of their own.
         seed: of the first weights of features without a seed of their own.
-        missing: what an id without a row reads as in `eval()`: "initial" or "zeros".
+        missing: what an id without a row reads as, in `eval()` and where `admission` has not let it in: "initial" or
+            "zeros".
+        ttl, admission: of features without one of their own, as for `Embedding`. Each group has its own filter.
 
     Shape:
         - a feature without pooling: ids of any shape -> the shape of ids + (dimension,).
@@ -60,6 +64,8 @@ class EmbeddingCollection(torch.nn.Module):
         initializer: Initializer = DEFAULT_INITIALIZER,
         seed: int = 0,
         missing: Missing = "initial",
+        ttl: Ttl | None = None,
+        admission: CountingBloomFilter | Literal["all"] | None = None,
     ) -> None:
         super().__init__()
         self.missing = checked_missing(missing)
@@ -85,6 +91,8 @@ class EmbeddingCollection(torch.nn.Module):
                 optimizer=chosen,
                 initializer=initializer if feature.initializer is None else feature.initializer,
                 seed=seed if feature.seed is None else feature.seed,
+                ttl=ttl if feature.ttl is None else feature.ttl,
+                admission=admission if feature.admission is None else feature.admission,
             )
         self._padding = {name: padding_key(feature.padding_idx) for name, feature in self.features.items()}
 

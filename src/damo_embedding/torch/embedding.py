@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 
 from damo_embedding.embedding import Embedding as CoreEmbedding
+from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.initializers import Initializer
+from damo_embedding.lifetimes import Ttl
 from damo_embedding.optimizers import Optimizer
 from damo_embedding.storage import Storage
 from damo_embedding.torch.group import DEFAULT_INITIALIZER, no_copy, open_group, settings_repr
@@ -19,10 +21,10 @@ from damo_embedding.torch.lookup import Lookup, Missing, checked_missing, look_u
 class Embedding(torch.nn.Module):
     """Vectors of ids, from a group of a storage: `torch.nn.Embedding` without a number of embeddings.
 
-    Every 64-bit id has a row from its first training lookup. The module has no parameters: the rows live in
-    the storage, and the group's own optimizer updates them. All lookups of a group within one `backward()`
-    are summed and applied once, when that `backward()` ends; with a `SparseOptimizer` over the module, at its
-    `step()`.
+    Every 64-bit id has a row from its first training lookup, or from the one in which `admission` lets it in.
+    The module has no parameters: the rows live in the storage, and the group's own optimizer updates them. All
+    lookups of a group within one `backward()` are summed and applied once, when that `backward()` ends; with a
+    `SparseOptimizer` over the module, at its `step()`.
 
     In `eval()` and under `torch.no_grad()` nothing is inserted, counted or evicted, and nothing trains.
 
@@ -35,8 +37,12 @@ class Embedding(torch.nn.Module):
         initializer: first weights of a new row.
         padding_idx: the id that stands for nothing: zeros, no row, no gradient. Any key, negative ones too.
         seed: of the first weights.
-        missing: what an id without a row reads as in `eval()`: "initial", the vector that training would
-            start from, or "zeros".
+        missing: what an id without a row reads as, in `eval()` and where `admission` has not let it in: "initial",
+            the vector that training would start from, or "zeros".
+        ttl: how long a row lives after its last update, as for `damo_embedding.Embedding`.
+        admission: which ids get a row, such as `damo_embedding.CountingBloomFilter(capacity=10**7, count=3)`: from
+            the third time on that training sees them. Gradients of the others are ignored. As for
+            `damo_embedding.Embedding`.
 
     Shape:
         - ids: any shape, int64, int32 or uint64. On another device than the CPU they are copied to it.
@@ -65,13 +71,22 @@ class Embedding(torch.nn.Module):
         padding_idx: int | None = None,
         seed: int = 0,
         missing: Missing = "initial",
+        ttl: Ttl | None = None,
+        admission: CountingBloomFilter | Literal["all"] | None = None,
     ) -> None:
         super().__init__()
         self.padding_idx = padding_idx
         self.missing = checked_missing(missing)
         self._padding = padding_key(padding_idx)
         self._group = open_group(
-            storage, group=group, dimension=dimension, optimizer=optimizer, initializer=initializer, seed=seed
+            storage,
+            group=group,
+            dimension=dimension,
+            optimizer=optimizer,
+            initializer=initializer,
+            seed=seed,
+            ttl=ttl,
+            admission=admission,
         )
 
     @property

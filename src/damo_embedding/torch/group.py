@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from damo_embedding.embedding import Embedding
+from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.initializers import Initializer, Uniform
+from damo_embedding.lifetimes import Ttl
 from damo_embedding.optimizers import Optimizer
 from damo_embedding.storage import Storage
 
@@ -61,9 +63,20 @@ def open_group(
     optimizer: Optimizer,
     initializer: Initializer,
     seed: int,
+    ttl: Ttl | None,
+    admission: CountingBloomFilter | Literal["all"] | None,
 ) -> Group:
     """The shared group. A group that is bound to other settings is an error."""
-    embedding = Embedding(storage, optimizer, initializer, dimension=dimension, group=group, seed=seed)
+    embedding = Embedding(
+        storage,
+        optimizer,
+        initializer,
+        dimension=dimension,
+        group=group,
+        seed=seed,
+        ttl=ttl,
+        admission=admission,
+    )
     with _lock:
         groups = _groups.setdefault(storage, _Groups())
         shared = groups.get(embedding.group)
@@ -83,6 +96,10 @@ def settings_repr(group: Group, padding_idx: int | None, missing: str) -> str:
         parts.append(f"padding_idx={padding_idx}")
     if embedding.seed != 0:
         parts.append(f"seed={embedding.seed}")
+    if embedding.ttl != "never":
+        parts.append(f"ttl={embedding.ttl!r}")
+    if (admission := embedding.admission) is not None:
+        parts.append(f"admission={admission!r}")
     if missing != "initial":
         parts.append(f"missing={missing!r}")
     return ", ".join(parts)
