@@ -671,6 +671,8 @@ keys, ones = np.array([1, 2]), np.ones((2, 1), np.float32)
 storage = de.Storage(path + "/s", memory="16MiB")
 embedding = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=1, group=7)
 other = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=1, group=8)
+few = de.CountingBloomFilter(capacity=10, count=1)
+filtered = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=1, group=10, admission=few)
 batch = storage._core.forward_many([(other._table, keys, ones.copy(), None)], True, False)[0]
 numbers = iter(range(10**6))
 
@@ -705,6 +707,11 @@ verbs = {
     "stats": lambda: storage.stats(),
     "now": lambda: setattr(storage, "now", storage.now),
     "ttl": lambda: embedding.ttl,
+    "admission": lambda: embedding.admission,
+    "filtered lookup": lambda: filtered.lookup([next(numbers) + 1000]),
+    "check": lambda: filtered.admission.check(keys),
+    "estimate": lambda: filtered.admission.estimate(keys),
+    "fill": lambda: (filtered.admission.fill, filtered.admission.estimated_fpr, len(filtered.admission)),
     "expire": lambda: storage.expire(),
     "compact": lambda: storage.compact(),
     "import_rows": lambda: other.import_rows(keys, ones),
