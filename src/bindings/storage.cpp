@@ -10,6 +10,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "arrays.h"
+#include "checkpoints.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -129,6 +130,24 @@ void bind_storage(nb::module_& m) {
   m.attr("MIN_DISK_PER_MEMORY") = damo::kMinDiskPerMemory;
   m.attr("MAX_DIMENSION") = damo::kMaxDimension;
   m.def(
+      "list_checkpoints",
+      [](const std::string& directory) {
+        damo::CheckpointList list;
+        {
+          const nb::gil_scoped_release released;
+          list = damo::list_checkpoints(directory);
+        }
+        nb::list complete, damaged;
+        for (const damo::CheckpointInfo& info : list.complete)
+          complete.append(nb::make_tuple(info.path.string(), info.step, info.sequence, info.created,
+                                         nb::bytes(info.storage_id.data(), info.storage_id.size())));
+        for (const auto& [path, wrong] : list.damaged) damaged.append(nb::make_tuple(path.string(), wrong));
+        return nb::make_tuple(complete, damaged);
+      },
+      "directory"_a,
+      nb::sig("def list_checkpoints(directory: str) -> tuple[list[tuple[str, int, int, int, bytes]], list[tuple[str, "
+              "str]]]"));
+  m.def(
       "restore",
       [](const std::string& checkpoint, const std::string& path) {
         const nb::gil_scoped_release released;
@@ -217,12 +236,21 @@ void bind_storage(nb::module_& m) {
           nb::sig("def last_commit(self) -> tuple[int, bytes] | None"))
       .def(
           "checkpoint",
-          [](Storage& storage, const std::string& directory, int64_t step, const nb::bytes& extra) {
+          [](Storage& storage, const std::string& directory, int64_t step, const nb::bytes& extra, uint64_t keep,
+             const nb::object& fill) {
             std::string text(extra.c_str(), extra.size());
+            Storage::FillCheckpoint files;
+            if (!fill.is_none())
+              files = [&](const std::filesystem::path& staged) {
+                const nb::gil_scoped_acquire held;
+                fill(staged.string());
+              };
             const nb::gil_scoped_release released;
-            storage.checkpoint(directory, step, std::move(text));
+            return storage.checkpoint(directory, step, std::move(text), keep, files);
           },
-          "directory"_a, "step"_a, "extra"_a)
+          "directory"_a, "step"_a, "extra"_a, "keep"_a, "fill"_a.none(),
+          nb::sig("def checkpoint(self, directory: str, step: int, extra: bytes, keep: int, fill: "
+                  "collections.abc.Callable[[str], object] | None) -> list[str]"))
       .def(
           "dump",
           [](Storage& storage, const std::string& path, std::optional<uint32_t> group, uint32_t min_count,

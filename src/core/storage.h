@@ -107,8 +107,13 @@ class Storage {
   void commit(int64_t step, std::string extra);
   std::optional<CommitRecord> last_commit() const;
 
-  // Keeps the storage as it is now in a new directory that must not exist; whole or not at all.
-  void checkpoint(const std::filesystem::path& directory, int64_t step, std::string extra);
+  // Keeps the storage as it is now in a new directory that must not exist; whole or not at all. With `keep`, the oldest
+  // complete siblings (checkpoints.h) beyond the newest `keep`, of which this is one, are removed when it is there;
+  // returns what could not be removed, in words. `fill` may put files into the directory before the rows come in: they
+  // are synced, summed and restored by name as the others are verified; it must not close the storage.
+  using FillCheckpoint = std::function<void(const std::filesystem::path& directory)>;
+  std::vector<std::string> checkpoint(const std::filesystem::path& directory, int64_t step, std::string extra,
+                                      uint64_t keep = 0, const FillCheckpoint& fill = {});
   struct DumpConditions {
     std::optional<uint32_t> group{};
     uint32_t min_count = 0;

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -370,7 +371,13 @@ class Storage:
         commit = self._core.last_commit()
         return None if commit is None else (None if commit[0] < 0 else commit[0], commit[1])
 
-    def checkpoint(self, directory: PathLike, step: int | None = None, extra: bytes | str | None = None) -> None:
+    def checkpoint(
+        self,
+        directory: PathLike,
+        step: int | None = None,
+        extra: bytes | str | None = None,
+        keep: int | None = None,
+    ) -> None:
         """Keeps the storage as it is now in a new directory: whole or not at all.
 
         Rows that changed are written first; table files are hard-linked where the file system can, so the
@@ -380,14 +387,40 @@ class Storage:
         Args:
             directory: Must not exist; its parent must. `Storage.restore` reads it.
             step, extra: As for `commit`; kept in the checkpoint's file CHECKPOINT.
+            keep: How many checkpoints of this storage to leave in the parent of `directory`, this one included,
+                at least 1. When it is there, those made first are removed. Only complete ones count and are
+                removed; nothing else is touched, nor are checkpoints of another storage. A storage that was
+                restored is still the one its checkpoint was made of. None: all.
+
+        A checkpoint that cannot be removed is a RuntimeWarning: the new one is there.
 
         Raises:
             StorageError: `directory` exists already, its parent does not, or the disk is full; nothing is
                 left behind.
+
+        Example:
+            >>> storage.checkpoint(f"checkpoints/{step}", step=step, keep=3)  # doctest: +SKIP
         """
-        self._core.checkpoint(
-            parse_path("checkpoint", "directory", directory), *_step_and_extra("checkpoint", step, extra)
-        )
+        self._checkpoint(directory, step, extra, keep, None)
+
+    def _checkpoint(
+        self,
+        directory: PathLike,
+        step: int | None,
+        extra: bytes | str | None,
+        keep: int | None,
+        fill: Callable[[str], object] | None,
+    ) -> None:
+        """`fill` puts more files into the directory it is given, before that is the checkpoint."""
+        count = 0 if keep is None else _parse_int("checkpoint", "keep", keep, 1, 2**31 - 1)
+        number, data = _step_and_extra("checkpoint", step, extra)
+        text = parse_path("checkpoint", "directory", directory)
+        for problem in self._core.checkpoint(text, number, data, count, fill):
+            warnings.warn(
+                f"[checkpoint] {text} is there, but an old one could not be removed: {problem}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def dump(
         self,
