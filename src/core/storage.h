@@ -52,6 +52,9 @@ inline constexpr size_t kMaxExtraBytes = size_t{16} << 20;  // of a commit or ch
 // A clock further ahead of the last operation is not believed until expire() confirms it.
 inline constexpr int64_t kMaxClockStep = int64_t{366} * 86'400;
 
+struct VerifyReport;   // rescue.h
+struct SalvageReport;  // rescue.h
+
 struct StorageOptions {
   size_t memory_bytes = size_t{1} << 30;
   Durability durability = Durability::kLogged;
@@ -137,6 +140,16 @@ class Storage {
   // Rewrites the table files without what expired, was erased, dropped or overwritten. Takes time and disk.
   void compact();
 
+  // Reads everything: our files, the table files, every row, and compares the counts. What is damaged is in the report
+  // and changes nothing else. Beside everything but cuts.
+  VerifyReport verify();
+  // A new storage at `out` (absent, or an empty directory) with every row that can be read from the damaged one at
+  // `path`, which is not open and stays as it is. Its groups come from `manifest_of`, a checkpoint of it, where its own
+  // MANIFEST is damaged. CorruptionError: nothing can be read, and nothing is made.
+  static SalvageReport salvage(const std::filesystem::path& path, const std::filesystem::path& out,
+                               const std::filesystem::path& manifest_of);
+
+  std::array<std::byte, 16> id() const;  // manifest.h
   StorageStats stats() const;
   const std::filesystem::path& path() const noexcept { return path_; }
   bool closed() const noexcept { return closed_.load(); }

@@ -5,6 +5,7 @@
 alone; `damo_embedding.torch` is the PyTorch front.
 """
 
+from damo_embedding.checkpoints import Checkpoint
 from damo_embedding.dump_reader import read_dump
 from damo_embedding.embedding import Embedding, RowInfo, Rows
 from damo_embedding.errors import (
@@ -66,6 +67,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "AlreadyOpenError",
+    "Checkpoint",
     "ClosedError",
     "Constant",
     "CorruptionError",

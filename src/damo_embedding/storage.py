@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import os
 import re
@@ -13,6 +14,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from damo_embedding import _core
+from damo_embedding.checkpoints import (
+    Checkpoint,
+    list_checkpoints,
+    newest_first,
+    pass_over,
+    read_checkpoint,
+    verify_checkpoint,
+)
+from damo_embedding.errors import CorruptionError, StorageError
 from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 from damo_embedding.progress import Progress, reporting
 from damo_embedding.rates import Rates
@@ -89,6 +99,30 @@ def _step_and_extra(operation: str, step: int | None, extra: bytes | str | None)
     return number, extra
 
 
+def _holds_something(path: str) -> bool:
+    """Whether there is more at `path` than nothing, an empty directory, or a creation that was cut short."""
+    try:
+        names = set(os.listdir(path))
+    except FileNotFoundError:
+        return os.path.lexists(path)
+    except OSError:
+        return True
+    return "CURRENT" in names or ("CREATING" not in names and bool(names - {"LOCK", "CREATING.tmp"}))
+
+
+def _set_aside(path: str) -> str:
+    """Gives a damaged directory another name; returns that."""
+    target = os.path.abspath(path)
+    aside = next(
+        name for name in (f"{target}.damaged-{number}" for number in itertools.count(1)) if not os.path.lexists(name)
+    )
+    try:
+        os.rename(target, aside)
+    except OSError as error:
+        raise StorageError(f"[open_or_restore] {target} cannot be renamed to {aside}: {error.strerror}") from None
+    return aside
+
+
 class Storage:
     """Opens the storage at `path`, or creates it if the directory is absent or empty.
 
@@ -139,9 +173,13 @@ class Storage:
         ttl: Ttl | None = None,
         disk: int | str | None = None,
     ) -> None:
-        self._core = self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk)
+        self._set_up(self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk))
+
+    def _set_up(self, core: _core.Storage) -> None:
+        self._core = core
         self._dumping: list[int] = []  # the threads that are in a dump, which close() waits for
         self._rates = Rates()
+        self._restored_from: Checkpoint | None = None
 
     @staticmethod
     def _options(
@@ -195,9 +233,7 @@ class Storage:
     @classmethod
     def _wrap(cls, core: _core.Storage) -> Self:
         storage = cls.__new__(cls)
-        storage._core = core
-        storage._dumping = []
-        storage._rates = Rates()
+        storage._set_up(core)
         return storage
 
     @classmethod
@@ -265,10 +301,116 @@ class Storage:
             >>> storage = Storage.restore("checkpoints/1000", "ctr.damo", memory="2GiB")  # doctest: +SKIP
         """
         cls._options(memory, durability, threads, log_bytes, ttl, disk)  # checked before anything is replaced
-        _core.restore(parse_path("restore", "checkpoint", checkpoint), parse_path("restore", "path", path))
-        return cls.open(
+        source = parse_path("restore", "checkpoint", checkpoint)
+        _core.restore(source, parse_path("restore", "path", path))
+        storage = cls.open(
             path, memory=memory, durability=durability, threads=threads, log_bytes=log_bytes, ttl=ttl, disk=disk
         )
+        storage._restored_from = read_checkpoint(source)
+        return storage
+
+    @classmethod
+    def open_or_restore(
+        cls,
+        path: PathLike,
+        checkpoints: PathLike,
+        *,
+        replace_damaged: bool = False,
+        memory: int | str = "1GiB",
+        durability: str = "logged",
+        threads: int | None = None,
+        log_bytes: int | str | None = None,
+        ttl: Ttl | None = None,
+        disk: int | str | None = None,
+    ) -> Self:
+        """The storage at `path`; if there is none, the newest whole checkpoint; if there is none, a new storage.
+
+        A storage that is there is opened as it is: what returned before a kill is in it, also what came after the
+        last checkpoint. `restored_from` tells what happened. Checkpoints that are not whole are passed over with a
+        RuntimeWarning each.
+
+        Args:
+            path: The storage's directory.
+            checkpoints: The directory that the checkpoints lie in, which may be absent; or one checkpoint.
+            replace_damaged: What to do with a storage that is there but too damaged to open. False: CorruptionError,
+                nothing changes. True: the directory is renamed to `PATH.damaged-N`, a RuntimeWarning says so, and
+                the newest whole checkpoint takes its place; without one, CorruptionError all the same.
+            memory, durability, threads, log_bytes, ttl, disk: As for Storage.
+
+        Damage in a row is found when the row is read, and not here: `verify` reads all of them.
+
+        Raises:
+            CorruptionError: The storage is damaged; or there is none, there are checkpoints, and not one is whole.
+            AlreadyOpenError: The storage at `path` is open.
+            StorageError: `path` is something else than a storage; or the checkpoints are of different storages, of
+                which one is to be chosen by its path.
+
+        Example:
+            >>> storage = Storage.open_or_restore("ctr.damo", "checkpoints", memory="2GiB")  # doctest: +SKIP
+            >>> storage.restored_from  # doctest: +SKIP
+            Checkpoint(path='/data/checkpoints/1000', step=1000, sequence=2046, created=1700000000)
+        """
+        operation = "open_or_restore"
+        options: dict[str, Any] = {
+            "memory": memory,
+            "durability": durability,
+            "threads": threads,
+            "log_bytes": log_bytes,
+            "ttl": ttl,
+            "disk": disk,
+        }
+        cls._options(**options)
+        target, place = parse_path(operation, "path", path), parse_path(operation, "checkpoints", checkpoints)
+        if not isinstance(replace_damaged, bool):
+            raise TypeError(f"[{operation}] replace_damaged is {replace_damaged!r}, expected True or False")
+        if not _holds_something(target):
+            for checkpoint in newest_first(operation, place):
+                try:
+                    return cls.restore(checkpoint.path, target, **options)
+                except CorruptionError as wrong:
+                    pass_over(operation, wrong, 3)
+            return cls(target, **options)
+        try:
+            return cls.open(target, **options)
+        except CorruptionError as damage:
+            if not replace_damaged:
+                raise CorruptionError(
+                    f"{damage}. Nothing was changed: to go on from the newest whole checkpoint in {place}, pass"
+                    " replace_damaged=True, which keeps the damaged directory under another name;"
+                    " Storage.salvage() brings its good rows into a new storage"
+                ) from damage
+            for checkpoint in newest_first(operation, place):
+                try:
+                    verify_checkpoint(checkpoint.path)
+                except CorruptionError as wrong:
+                    pass_over(operation, wrong, 3)
+                    continue
+                aside = _set_aside(target)
+                warnings.warn(
+                    f"[{operation}] the storage {target} is damaged and now at {aside}; {checkpoint.path} takes its"
+                    f" place: {damage}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return cls.restore(checkpoint.path, target, **options)
+            raise
+
+    @staticmethod
+    def checkpoints(directory: PathLike) -> list[Checkpoint]:
+        """The complete checkpoints in a directory, in the order in which they were made; the last one is the newest.
+
+        Complete: the file CHECKPOINT is whole and all files are there with their lengths; `restore` verifies their
+        checksums. None for a directory that does not exist.
+
+        Raises:
+            StorageError: The directory cannot be read.
+        """
+        return list_checkpoints(parse_path("checkpoints", "directory", directory))[0]
+
+    @property
+    def restored_from(self) -> Checkpoint | None:
+        """The checkpoint that this handle began with; None when it opened what was there, or made a new storage."""
+        return self._restored_from
 
     @property
     def path(self) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints beside each other: the oldest are removed, the newest is found, and nothing half-made is taken for one."""
+"""Checkpoints beside each other: the oldest go, the newest is found, and nothing half-made is taken for one."""
 
 from __future__ import annotations
 
@@ -176,3 +176,180 @@ def test_a_number_to_keep_of_another_type_is_refused(storage: de.Storage, kept: 
     with pytest.raises(TypeError, match=r"\[checkpoint\] keep is .*, expected an int"):
         storage.checkpoint(kept / "1", keep=keep)
     assert names(kept) == []
+
+
+# ---------------------------------------------------------- open or restore
+
+
+def open_or_restore(path: Path, kept: Path, **options: Any) -> de.Storage:
+    return de.Storage.open_or_restore(path, kept, memory="16MiB", threads=1, **options)
+
+
+def outcome(path: Path, kept: Path, **options: Any) -> tuple[str | None, tuple[int | None, bytes] | None]:
+    """Opens and closes it: the name of the checkpoint it was restored from, and the last commit."""
+    with open_or_restore(path, kept, **options) as storage:
+        found = storage.restored_from
+        return (Path(found.path).name if found else None), storage.last_commit
+
+
+@pytest.fixture
+def three(path: Path, kept: Path) -> Path:
+    """A storage with three checkpoints, which has gone on since; closed."""
+    with small(path) as storage:
+        for step in range(1, 4):
+            train(storage, step)
+            storage.checkpoint(kept / str(step), step=step)
+        train(storage, 4)
+        storage.commit(4)
+    return path
+
+
+def damage(file: Path, at: int = -3) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.unlink()  # it may have other names
+    file.write_bytes(data)
+
+
+def table_of(checkpoint: Path) -> Path:
+    return sorted((checkpoint / "rocksdb").glob("*.sst"))[-1]
+
+
+def test_a_storage_that_is_there_is_opened_as_it_is(three: Path, kept: Path) -> None:
+    with open_or_restore(three, kept) as storage:
+        assert storage.restored_from is None
+        assert storage.last_commit == (4, b"")
+
+
+def test_without_a_storage_the_newest_checkpoint_is_restored(three: Path, kept: Path) -> None:
+    shutil.rmtree(three)
+    with open_or_restore(three, kept) as storage:
+        found = storage.restored_from
+        assert found is not None
+        assert (found.path, found.step) == (str(kept / "3"), 3)
+        assert found == de.Storage.checkpoints(kept)[-1]
+        assert storage.last_commit == (3, b"")
+
+
+@pytest.mark.parametrize("what", ["an empty directory", "an interrupted creation"])
+def test_a_directory_without_a_storage_is_as_none(three: Path, kept: Path, what: str) -> None:
+    shutil.rmtree(three)
+    three.mkdir()
+    if what == "an interrupted creation":
+        (three / "CREATING").touch()
+        (three / "generation-000001").mkdir()
+    with open_or_restore(three, kept) as storage:
+        assert storage.last_commit == (3, b"")
+
+
+def test_checkpoints_that_are_not_whole_are_passed_over_by_name(three: Path, kept: Path) -> None:
+    shutil.rmtree(three)
+    damage(table_of(kept / "3"))
+    (kept / "2" / "CHECKPOINT").unlink()
+    with pytest.warns(RuntimeWarning, match="passed over") as told:
+        assert outcome(three, kept) == ("1", (1, b""))
+    assert ["/2 has" in str(told[0].message), "/3/rocksdb" in str(told[1].message)] == [True, True]
+    assert {one.filename for one in told} == {__file__}
+
+
+def test_without_storage_and_checkpoints_a_new_one_is_made(path: Path, kept: Path, tmp_path: Path) -> None:
+    (kept / "4.building-0000000000000000-1-0").mkdir()
+    for number, place in enumerate((kept, tmp_path / "absent")):
+        with open_or_restore(path.with_name(str(number)), place) as storage:
+            assert storage.restored_from is None
+            assert storage.stats()["rows"] == 0
+
+
+def test_checkpoints_none_of_which_is_whole_never_make_a_new_storage(three: Path, kept: Path) -> None:
+    shutil.rmtree(three)
+    for step in "123":
+        damage(table_of(kept / step))
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        with pytest.raises(de.CorruptionError, match=r"none of the 3 checkpoints in .* is whole"):
+            open_or_restore(three, kept)
+    assert not three.exists()
+
+
+def test_a_damaged_storage_is_never_replaced_unasked(three: Path, kept: Path) -> None:
+    damage(next(three.glob("generation-*")) / "MANIFEST")
+    before = files_of(three)
+    with pytest.raises(de.CorruptionError, match=r"MANIFEST is damaged .*replace_damaged=True.*salvage"):
+        open_or_restore(three, kept)
+    assert files_of(three) == before
+    assert names(three.parent) == ["checkpoints", "table.damo"]
+
+
+@pytest.mark.parametrize("name", ["MANIFEST", "CURRENT"])
+def test_a_damaged_storage_is_kept_under_another_name_when_replaced(three: Path, kept: Path, name: str) -> None:
+    generation = next(three.glob("generation-*"))
+    if name == "CURRENT":
+        (three / "CURRENT").unlink()
+    else:
+        damage(generation / "MANIFEST")
+    before = files_of(three)
+    damage(table_of(kept / "3"))
+    three.with_name("table.damo.damaged-1").mkdir()
+    with pytest.warns(RuntimeWarning) as told:
+        assert outcome(three, kept, replace_damaged=True) == ("2", (2, b""))
+    assert ["passed over" in str(one.message) for one in told] == [True, False]
+    assert "table.damo.damaged-2" in str(told[1].message)
+    assert files_of(three.with_name("table.damo.damaged-2")) == before
+
+
+def test_a_damaged_storage_stays_when_no_checkpoint_is_whole(three: Path, kept: Path, tmp_path: Path) -> None:
+    damage(next(three.glob("generation-*")) / "MANIFEST")
+    before = files_of(three)
+    with pytest.raises(de.CorruptionError, match="MANIFEST is damaged"):
+        open_or_restore(three, tmp_path / "absent", replace_damaged=True)
+    for step in "123":
+        damage(table_of(kept / step))
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        with pytest.raises(de.CorruptionError, match="none of the 3 checkpoints"):
+            open_or_restore(three, kept, replace_damaged=True)
+    assert files_of(three) == before
+
+
+def test_checkpoints_of_two_storages_are_not_chosen_from(three: Path, kept: Path, tmp_path: Path) -> None:
+    shutil.rmtree(three)
+    with small(tmp_path / "other.damo") as other:
+        other.checkpoint(kept / "other")
+    with pytest.raises(de.StorageError, match=r"checkpoints of different storages, such as .*/(1 and .*/)?other"):
+        open_or_restore(three, kept)
+    assert not three.exists()
+    with open_or_restore(three, kept / "2") as storage:  # one of them, by its path
+        assert storage.last_commit == (2, b"")
+
+
+def test_what_is_no_storage_is_an_error_and_stays(kept: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with small(tmp_path / "open.damo") as storage:
+        storage.checkpoint(kept / "1")
+        for name, error in (("file", de.StorageError), ("mine", de.StorageError), ("open.damo", de.AlreadyOpenError)):
+            with pytest.raises(error):
+                open_or_restore(tmp_path / name, kept, replace_damaged=True)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_wrong_arguments_are_refused_before_anything_is_made(path: Path, kept: Path) -> None:
+    with pytest.raises(TypeError, match=r"\[open_or_restore\] replace_damaged is 1, expected True or False"):
+        open_or_restore(path, kept, replace_damaged=1)
+    with pytest.raises(TypeError, match=r"\[open_or_restore\] checkpoints is int"):
+        de.Storage.open_or_restore(path, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="memory"):
+        de.Storage.open_or_restore(path, kept, memory=1)
+    (kept / "file").write_text("x")
+    with pytest.raises(de.StorageError, match=r"\[list checkpoints\] .*file: Not a directory"):
+        open_or_restore(path, kept / "file")
+    assert not path.exists()
+
+
+def test_checkpoints_are_listed_in_the_order_in_which_they_were_made(three: Path, kept: Path) -> None:
+    with small(three) as storage:
+        storage.checkpoint(kept / "0")
+        found = de.Storage.checkpoints(kept)
+        assert [(Path(one.path).name, one.step) for one in found] == [("1", 1), ("2", 2), ("3", 3), ("0", None)]
+        assert found[-1].sequence == storage.stats()["sequence"]
+        assert abs(found[-1].created - time.time()) < 100
+    assert de.Storage.checkpoints(kept / "absent") == []
