@@ -168,6 +168,15 @@ void bind_storage(nb::module_& m) {
       },
       "checkpoint"_a, nb::sig("def read_checkpoint(checkpoint: str) -> tuple[int, int, int, bytes]"));
   m.def(
+      "check_layouts",
+      [](const std::string& checkpoint, const std::vector<const Table*>& tables) {
+        const nb::gil_scoped_release released;
+        std::vector<damo::TableSpec> wanted;
+        for (const Table* table : tables) wanted.push_back(table->spec());
+        damo::check_layouts(checkpoint, wanted);
+      },
+      "checkpoint"_a, "tables"_a);
+  m.def(
       "restore",
       [](const std::string& checkpoint, const std::string& path) {
         const nb::gil_scoped_release released;

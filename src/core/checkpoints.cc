@@ -94,6 +94,15 @@ CheckpointManifest verify_checkpoint(const fs::path& checkpoint) {
   return manifest;
 }
 
+void check_layouts(const fs::path& checkpoint, const std::vector<TableSpec>& wanted) {
+  const std::string source = (checkpoint / "MANIFEST").string();
+  const std::string groups = read_file(checkpoint / "MANIFEST", kMaxManifestBytes);
+  for (const TableSpec& stored : decode_manifest(std::as_bytes(std::span(groups)), source).tables)
+    for (const TableSpec& table : wanted)
+      if (table.name.empty() ? table.group == stored.group : table.name == stored.name)
+        check_same_layout(stored, table);
+}
+
 CheckpointList list_checkpoints(const fs::path& directory) {
   CheckpointList list;
   std::error_code error;

@@ -46,6 +46,9 @@ void check_lengths(const std::filesystem::path& checkpoint, const CheckpointMani
 // file that is missing, damaged, or of a newer version.
 CheckpointManifest verify_checkpoint(const std::filesystem::path& checkpoint);
 
+// SchemaMismatchError when a group of the checkpoint could not be opened as `wanted` has it.
+void check_layouts(const std::filesystem::path& checkpoint, const std::vector<TableSpec>& wanted);
+
 // What lies in `directory`; nothing when it does not exist. StorageError when it cannot be read. Links are not
 // followed: what they lead to is somewhere else.
 CheckpointList list_checkpoints(const std::filesystem::path& directory);

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 import os
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from damo_embedding import _core
 from damo_embedding.checkpoints import (
@@ -27,6 +29,9 @@ from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 from damo_embedding.progress import Progress, reporting
 from damo_embedding.rates import Rates
 
+if TYPE_CHECKING:
+    from damo_embedding.embedding import Embedding
+
 __all__ = ["Storage"]
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -35,6 +40,7 @@ _DAY = 86_400
 _MIN_DISK = 1 << 26
 
 PathLike = str | os.PathLike[str]
+_Options = tuple[int, str, int, int, tuple[int, int] | None, int]  # as the core takes them
 
 
 def _index(value: object) -> int | None:
@@ -175,8 +181,10 @@ class Storage:
     ) -> None:
         self._set_up(self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk))
 
-    def _set_up(self, core: _core.Storage) -> None:
-        self._core = core
+    def _set_up(self, opened: tuple[_core.Storage, _Options]) -> None:
+        self._core, self._opened_with = opened
+        self._embeddings: weakref.WeakSet[Embedding] = weakref.WeakSet()  # which go on when the content is replaced
+        self._given_now: int | None = None
         self._dumping: list[int] = []  # the threads that are in a dump, which close() waits for
         self._rates = Rates()
         self._restored_from: Checkpoint | None = None
@@ -189,7 +197,7 @@ class Storage:
         log_bytes: int | str | None,
         ttl: Ttl | None,
         disk: int | str | None,
-    ) -> tuple[int, str, int, int, tuple[int, int] | None, int]:
+    ) -> _Options:
         memory_bytes = parse_bytes("memory", memory)
         if not _core.MIN_MEMORY_BYTES <= memory_bytes < 2**48:
             raise ValueError(
@@ -225,16 +233,40 @@ class Storage:
         log_bytes: int | str | None,
         ttl: Ttl | None,
         disk: int | str | None,
-    ) -> _core.Storage:
+    ) -> tuple[_core.Storage, _Options]:
         text = parse_path("open", "path", path)
         options = cls._options(memory, durability, threads, log_bytes, ttl, disk)
-        return _core.Storage.open(text, mode, *options)
+        return _core.Storage.open(text, mode, *options), options
 
     @classmethod
-    def _wrap(cls, core: _core.Storage) -> Self:
+    def _wrap(cls, opened: tuple[_core.Storage, _Options]) -> Self:
         storage = cls.__new__(cls)
-        storage._set_up(core)
+        storage._set_up(opened)
         return storage
+
+    def _go_back_to(self, checkpoint: str) -> None:
+        """Replaces the content by a checkpoint's, for all who use this storage: its embeddings go on with that.
+
+        An error leaves the content as it was. Calls on other threads meanwhile get a ClosedError.
+        """
+        embeddings = list(self._embeddings)
+        _core.check_layouts(checkpoint, [embedding._table for embedding in embeddings])
+        rates = {embedding: self._rates.followed(embedding._table) for embedding in embeddings}
+        path = self.path
+        # What it could not write is in the log, should it be needed again.
+        with contextlib.suppress(StorageError):
+            self._core.close()
+        try:
+            _core.restore(checkpoint, path)
+            self._restored_from = read_checkpoint(checkpoint)
+        finally:
+            self._core = _core.Storage.open(path, "open", *self._opened_with)
+            self._rates = Rates()
+            for embedding in embeddings:
+                embedding._open_table()
+                self._rates.follow(embedding._table, rates[embedding])
+            if self._given_now is not None:
+                self.now = self._given_now
 
     @classmethod
     def create(
@@ -435,9 +467,9 @@ class Storage:
 
     @now.setter
     def now(self, seconds: int) -> None:
-        self._core.now = _parse_int(
-            "now", "now", seconds, 0, 2**62, "whole seconds since 1970 as an int, e.g. int(time.time())"
-        )
+        given = _parse_int("now", "now", seconds, 0, 2**62, "whole seconds since 1970 as an int, e.g. int(time.time())")
+        self._core.now = given
+        self._given_now = given
 
     def expire(self, now: int | None = None) -> int:
         """Confirms the clock, however far it is ahead of the last operation; returns how many rows expired by it.
