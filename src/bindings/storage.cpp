@@ -10,6 +10,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "arrays.h"
+#include "checkpoints.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -143,6 +144,53 @@ void bind_storage(nb::module_& m) {
   m.attr("MIN_DISK_PER_MEMORY") = damo::kMinDiskPerMemory;
   m.attr("MAX_DIMENSION") = damo::kMaxDimension;
   m.def(
+      "list_checkpoints",
+      [](const std::string& directory) {
+        damo::CheckpointList list;
+        {
+          const nb::gil_scoped_release released;
+          list = damo::list_checkpoints(directory);
+        }
+        nb::list complete, damaged;
+        for (const damo::CheckpointInfo& info : list.complete)
+          complete.append(nb::make_tuple(info.path.string(), info.step, info.sequence, info.created,
+                                         nb::bytes(info.storage_id.data(), info.storage_id.size())));
+        for (const auto& [path, wrong] : list.damaged) damaged.append(nb::make_tuple(path.string(), wrong));
+        return nb::make_tuple(complete, damaged);
+      },
+      "directory"_a,
+      nb::sig("def list_checkpoints(directory: str) -> tuple[list[tuple[str, int, int, int, bytes]], list[tuple[str, "
+              "str]]]"));
+  m.def(
+      "verify_checkpoint",
+      [](const std::string& checkpoint) {
+        damo::CheckpointManifest manifest;
+        {
+          const nb::gil_scoped_release released;
+          manifest = damo::verify_checkpoint(checkpoint);
+        }
+        return nb::make_tuple(manifest.step, manifest.counters.sequence, manifest.created,
+                              nb::bytes(manifest.storage_id.data(), manifest.storage_id.size()));
+      },
+      "checkpoint"_a, nb::sig("def verify_checkpoint(checkpoint: str) -> tuple[int, int, int, bytes]"));
+  m.def(
+      "read_checkpoint",
+      [](const std::string& checkpoint) {
+        const damo::CheckpointManifest manifest = damo::read_checkpoint(checkpoint);
+        return nb::make_tuple(manifest.step, manifest.counters.sequence, manifest.created,
+                              nb::bytes(manifest.storage_id.data(), manifest.storage_id.size()));
+      },
+      "checkpoint"_a, nb::sig("def read_checkpoint(checkpoint: str) -> tuple[int, int, int, bytes]"));
+  m.def(
+      "check_layouts",
+      [](const std::string& checkpoint, const std::vector<const Table*>& tables) {
+        const nb::gil_scoped_release released;
+        std::vector<damo::TableSpec> wanted;
+        for (const Table* table : tables) wanted.push_back(table->spec());
+        damo::check_layouts(checkpoint, wanted);
+      },
+      "checkpoint"_a, "tables"_a);
+  m.def(
       "restore",
       [](const std::string& checkpoint, const std::string& path) {
         const nb::gil_scoped_release released;
@@ -155,6 +203,17 @@ void bind_storage(nb::module_& m) {
                   "log_bytes"_a, "ttl"_a.none(), "disk_bytes"_a)
       .def_prop_ro("path", [](const Storage& storage) { return storage.path().string(); })
       .def_prop_ro("closed", &Storage::closed)
+      .def_prop_ro(
+          "id",
+          [](const Storage& storage) {
+            std::array<std::byte, 16> id{};
+            {
+              const nb::gil_scoped_release released;
+              id = storage.id();
+            }
+            return nb::bytes(id.data(), id.size());
+          },
+          nb::sig("def id(self) -> bytes"))
       .def("table", &open_table, "group"_a.none(), "name"_a, "dimension"_a, "optimizer"_a, "optimizer_settings"_a,
            "initializer"_a, "initializer_settings"_a, "seed"_a, "ttl"_a.none() = nb::none(),
            "admission"_a.none() = nb::none(), nb::rv_policy::reference_internal,
@@ -235,12 +294,21 @@ void bind_storage(nb::module_& m) {
           nb::sig("def last_commit(self) -> tuple[int, bytes] | None"))
       .def(
           "checkpoint",
-          [](Storage& storage, const std::string& directory, int64_t step, const nb::bytes& extra) {
+          [](Storage& storage, const std::string& directory, int64_t step, const nb::bytes& extra, uint64_t keep,
+             const nb::object& fill) {
             std::string text(extra.c_str(), extra.size());
+            Storage::FillCheckpoint files;
+            if (!fill.is_none())
+              files = [&](const std::filesystem::path& staged) {
+                const nb::gil_scoped_acquire held;
+                fill(staged.string());
+              };
             const nb::gil_scoped_release released;
-            storage.checkpoint(directory, step, std::move(text));
+            return storage.checkpoint(directory, step, std::move(text), keep, files);
           },
-          "directory"_a, "step"_a, "extra"_a)
+          "directory"_a, "step"_a, "extra"_a, "keep"_a, "fill"_a.none(),
+          nb::sig("def checkpoint(self, directory: str, step: int, extra: bytes, keep: int, fill: "
+                  "collections.abc.Callable[[str], object] | None) -> list[str]"))
       .def(
           "dump",
           [](Storage& storage, const std::string& path, std::optional<uint32_t> group, uint32_t min_count,

@@ -202,6 +202,16 @@ std::array<std::byte, 16> make_storage_id() {
   return id;
 }
 
+std::array<std::byte, 16> make_restored_id(const std::array<std::byte, 16>& checkpoint) {
+  std::array<std::byte, 16> id = make_storage_id();
+  std::memcpy(id.data(), checkpoint.data(), id.size() / 2);
+  return id;
+}
+
+bool is_same_lineage(const std::array<std::byte, 16>& one, const std::array<std::byte, 16>& other) noexcept {
+  return std::memcmp(one.data(), other.data(), one.size() / 2) == 0;
+}
+
 std::string encode_checkpoint(const CheckpointManifest& manifest) {
   std::string body;
   ByteWriter writer(body);

@@ -27,6 +27,8 @@ struct Manifest {
   uint64_t cut = 0;
 };
 
+inline constexpr size_t kMaxManifestBytes = size_t{64} << 20;
+
 std::string encode_manifest(const Manifest& manifest);
 // CorruptionError names `source` and the offset; a newer format is refused in words.
 Manifest decode_manifest(Bytes bytes, const std::string& source);
@@ -34,7 +36,11 @@ Manifest decode_manifest(Bytes bytes, const std::string& source);
 // anything that the manifest tells of is opened or replaced: what is a newer version's stays as it is.
 void check_settings_are_known(const Manifest& manifest, const std::string& source);
 
+// A storage's id: the half that is its lineage's, which a restore keeps, and the half that is its own. Checkpoints of
+// one lineage are moments of one storage; the own half tells the log of one restore from that of another.
 std::array<std::byte, 16> make_storage_id();
+std::array<std::byte, 16> make_restored_id(const std::array<std::byte, 16>& checkpoint);
+bool is_same_lineage(const std::array<std::byte, 16>& one, const std::array<std::byte, 16>& other) noexcept;
 
 // What a checkpoint directory says of itself, in its file CHECKPOINT.
 struct CheckpointFile {

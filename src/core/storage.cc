@@ -530,6 +530,11 @@ std::optional<CommitRecord> Storage::last_commit() const {
   return last_commit_;
 }
 
+std::array<std::byte, 16> Storage::id() const {
+  const std::lock_guard order(order_);
+  return manifest_.storage_id;
+}
+
 // ------------------------------------------------------------------- stats
 
 StorageStats Storage::stats() const {

@@ -53,6 +53,9 @@ inline constexpr size_t kMaxExtraBytes = size_t{16} << 20;  // of a commit or ch
 // A clock further ahead of the last operation is not believed until expire() confirms it.
 inline constexpr int64_t kMaxClockStep = int64_t{366} * 86'400;
 
+struct VerifyReport;   // rescue.h
+struct SalvageReport;  // rescue.h
+
 struct StorageOptions {
   size_t memory_bytes = size_t{1} << 30;
   Durability durability = Durability::kLogged;
@@ -118,8 +121,13 @@ class Storage {
   void commit(int64_t step, std::string extra);
   std::optional<CommitRecord> last_commit() const;
 
-  // Keeps the storage as it is now in a new directory that must not exist; whole or not at all.
-  void checkpoint(const std::filesystem::path& directory, int64_t step, std::string extra);
+  // Keeps the storage as it is now in a new directory that must not exist; whole or not at all. With `keep`, the oldest
+  // complete siblings (checkpoints.h) beyond the newest `keep`, of which this is one, are removed when it is there;
+  // returns what could not be removed, in words. `fill` may put files into the directory before the rows come in: they
+  // are synced, summed and restored by name as the others are verified; it must not close the storage.
+  using FillCheckpoint = std::function<void(const std::filesystem::path& directory)>;
+  std::vector<std::string> checkpoint(const std::filesystem::path& directory, int64_t step, std::string extra,
+                                      uint64_t keep = 0, const FillCheckpoint& fill = {});
   struct DumpConditions {
     std::optional<uint32_t> group{};
     uint32_t min_count = 0;
@@ -143,6 +151,16 @@ class Storage {
   // Rewrites the table files without what expired, was erased, dropped or overwritten. Takes time and disk.
   void compact();
 
+  // Reads everything: our files, the table files, every row, and compares the counts. What is damaged is in the report
+  // and changes nothing else. Beside everything but cuts.
+  VerifyReport verify();
+  // A new storage at `out` (absent, or an empty directory) with every row that can be read from the damaged one at
+  // `path`, which is not open and stays as it is. Its groups come from `manifest_of`, a checkpoint of it, where its own
+  // MANIFEST is damaged. CorruptionError: nothing can be read, and nothing is made.
+  static SalvageReport salvage(const std::filesystem::path& path, const std::filesystem::path& out,
+                               const std::filesystem::path& manifest_of);
+
+  std::array<std::byte, 16> id() const;  // manifest.h
   StorageStats stats() const;
   const std::filesystem::path& path() const noexcept { return path_; }
   bool closed() const noexcept { return closed_.load(); }

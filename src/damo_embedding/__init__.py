@@ -6,6 +6,7 @@ alone; `damo_embedding.torch` is the PyTorch front.
 """
 
 from damo_embedding.admission import Admission
+from damo_embedding.checkpoints import Checkpoint
 from damo_embedding.dump_reader import read_dump
 from damo_embedding.embedding import Embedding, RowInfo, Rows
 from damo_embedding.errors import (
@@ -68,6 +69,7 @@ __all__ = [
     "AdamW",
     "Admission",
     "AlreadyOpenError",
+    "Checkpoint",
     "ClosedError",
     "Constant",
     "CorruptionError",

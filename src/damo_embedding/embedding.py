@@ -127,7 +127,7 @@ class Embedding:
         self._storage = storage
         self._optimizer = optimizer
         self._initializer = initializer
-        self._table = storage._core.table(
+        self._opened_with = (
             None if isinstance(group, str) else int(group),
             group if isinstance(group, str) else "",
             int(dimension),
@@ -139,13 +139,19 @@ class Embedding:
             parse_ttl("embedding", ttl),
             parse_admission("embedding", admission),
         )
-        first = storage._rates.open(self._table, optimizer.lr)
-        if first != optimizer.lr:
+        self._table: _core.Table
+        self._open_table()
+        self._state = _core.optimizer_state(optimizer.name, optimizer._settings())
+        storage._embeddings.add(self)
+
+    def _open_table(self) -> None:
+        self._table = self._storage._core.table(*self._opened_with)
+        first = self._storage._rates.open(self._table, self._optimizer.lr)
+        if first != self._optimizer.lr:
             raise SchemaMismatchError(
-                f"[embedding] {self._label()} is open with lr={first!r}, opened with lr={optimizer.lr!r}: "
+                f"[embedding] {self._label()} is open with lr={first!r}, opened with lr={self._optimizer.lr!r}: "
                 "use the same rate, or set it with lr"
             )
-        self._state = _core.optimizer_state(optimizer.name, optimizer._settings())
 
     @property
     def storage(self) -> Storage:

@@ -3,18 +3,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import operator
 import os
 import re
 import threading
 import warnings
+import weakref
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from damo_embedding import _core
+from damo_embedding.checkpoints import (
+    Checkpoint,
+    list_checkpoints,
+    newest_first,
+    pass_over,
+    read_checkpoint,
+    verify_checkpoint,
+)
+from damo_embedding.errors import CorruptionError, StorageError
 from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 from damo_embedding.progress import Progress, reporting
 from damo_embedding.rates import Rates
+
+if TYPE_CHECKING:
+    from damo_embedding.embedding import Embedding
 
 __all__ = ["Storage"]
 
@@ -24,6 +40,7 @@ _DAY = 86_400
 _MIN_DISK = 1 << 26
 
 PathLike = str | os.PathLike[str]
+_Options = tuple[int, str, int, int, tuple[int, int] | None, int]  # as the core takes them
 
 
 def _index(value: object) -> int | None:
@@ -88,6 +105,30 @@ def _step_and_extra(operation: str, step: int | None, extra: bytes | str | None)
     return number, extra
 
 
+def _holds_something(path: str) -> bool:
+    """Whether there is more at `path` than nothing, an empty directory, or a creation that was cut short."""
+    try:
+        names = set(os.listdir(path))
+    except FileNotFoundError:
+        return os.path.lexists(path)
+    except OSError:
+        return True
+    return "CURRENT" in names or ("CREATING" not in names and bool(names - {"LOCK", "CREATING.tmp"}))
+
+
+def _set_aside(path: str) -> str:
+    """Gives a damaged directory another name; returns that."""
+    target = os.path.abspath(path)
+    aside = next(
+        name for name in (f"{target}.damaged-{number}" for number in itertools.count(1)) if not os.path.lexists(name)
+    )
+    try:
+        os.rename(target, aside)
+    except OSError as error:
+        raise StorageError(f"[open_or_restore] {target} cannot be renamed to {aside}: {error.strerror}") from None
+    return aside
+
+
 class Storage:
     """Opens the storage at `path`, or creates it if the directory is absent or empty.
 
@@ -138,9 +179,15 @@ class Storage:
         ttl: Ttl | None = None,
         disk: int | str | None = None,
     ) -> None:
-        self._core = self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk)
+        self._set_up(self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk))
+
+    def _set_up(self, opened: tuple[_core.Storage, _Options]) -> None:
+        self._core, self._opened_with = opened
+        self._embeddings: weakref.WeakSet[Embedding] = weakref.WeakSet()  # which go on when the content is replaced
+        self._given_now: int | None = None
         self._dumping: list[int] = []  # the threads that are in a dump, which close() waits for
         self._rates = Rates()
+        self._restored_from: Checkpoint | None = None
 
     @staticmethod
     def _options(
@@ -150,7 +197,7 @@ class Storage:
         log_bytes: int | str | None,
         ttl: Ttl | None,
         disk: int | str | None,
-    ) -> tuple[int, str, int, int, tuple[int, int] | None, int]:
+    ) -> _Options:
         memory_bytes = parse_bytes("memory", memory)
         if not _core.MIN_MEMORY_BYTES <= memory_bytes < 2**48:
             raise ValueError(
@@ -186,18 +233,40 @@ class Storage:
         log_bytes: int | str | None,
         ttl: Ttl | None,
         disk: int | str | None,
-    ) -> _core.Storage:
+    ) -> tuple[_core.Storage, _Options]:
         text = parse_path("open", "path", path)
         options = cls._options(memory, durability, threads, log_bytes, ttl, disk)
-        return _core.Storage.open(text, mode, *options)
+        return _core.Storage.open(text, mode, *options), options
 
     @classmethod
-    def _wrap(cls, core: _core.Storage) -> Self:
+    def _wrap(cls, opened: tuple[_core.Storage, _Options]) -> Self:
         storage = cls.__new__(cls)
-        storage._core = core
-        storage._dumping = []
-        storage._rates = Rates()
+        storage._set_up(opened)
         return storage
+
+    def _go_back_to(self, checkpoint: str) -> None:
+        """Replaces the content by a checkpoint's, for all who use this storage: its embeddings go on with that.
+
+        An error leaves the content as it was. Calls on other threads meanwhile get a ClosedError.
+        """
+        embeddings = list(self._embeddings)
+        _core.check_layouts(checkpoint, [embedding._table for embedding in embeddings])
+        rates = {embedding: self._rates.followed(embedding._table) for embedding in embeddings}
+        path = self.path
+        # What it could not write is in the log, should it be needed again.
+        with contextlib.suppress(StorageError):
+            self._core.close()
+        try:
+            _core.restore(checkpoint, path)
+            self._restored_from = read_checkpoint(checkpoint)
+        finally:
+            self._core = _core.Storage.open(path, "open", *self._opened_with)
+            self._rates = Rates()
+            for embedding in embeddings:
+                embedding._open_table()
+                self._rates.follow(embedding._table, rates[embedding])
+            if self._given_now is not None:
+                self.now = self._given_now
 
     @classmethod
     def create(
@@ -264,10 +333,116 @@ class Storage:
             >>> storage = Storage.restore("checkpoints/1000", "ctr.damo", memory="2GiB")  # doctest: +SKIP
         """
         cls._options(memory, durability, threads, log_bytes, ttl, disk)  # checked before anything is replaced
-        _core.restore(parse_path("restore", "checkpoint", checkpoint), parse_path("restore", "path", path))
-        return cls.open(
+        source = parse_path("restore", "checkpoint", checkpoint)
+        _core.restore(source, parse_path("restore", "path", path))
+        storage = cls.open(
             path, memory=memory, durability=durability, threads=threads, log_bytes=log_bytes, ttl=ttl, disk=disk
         )
+        storage._restored_from = read_checkpoint(source)
+        return storage
+
+    @classmethod
+    def open_or_restore(
+        cls,
+        path: PathLike,
+        checkpoints: PathLike,
+        *,
+        replace_damaged: bool = False,
+        memory: int | str = "1GiB",
+        durability: str = "logged",
+        threads: int | None = None,
+        log_bytes: int | str | None = None,
+        ttl: Ttl | None = None,
+        disk: int | str | None = None,
+    ) -> Self:
+        """The storage at `path`; if there is none, the newest whole checkpoint; if there is none, a new storage.
+
+        A storage that is there is opened as it is: what returned before a kill is in it, also what came after the
+        last checkpoint. `restored_from` tells what happened. Checkpoints that are not whole are passed over with a
+        RuntimeWarning each.
+
+        Args:
+            path: The storage's directory.
+            checkpoints: The directory that the checkpoints lie in, which may be absent; or one checkpoint.
+            replace_damaged: What to do with a storage that is there but too damaged to open. False: CorruptionError,
+                nothing changes. True: the directory is renamed to `PATH.damaged-N`, a RuntimeWarning says so, and
+                the newest whole checkpoint takes its place; without one, CorruptionError all the same.
+            memory, durability, threads, log_bytes, ttl, disk: As for Storage.
+
+        Damage in a row is found when the row is read, and not here: `verify` reads all of them.
+
+        Raises:
+            CorruptionError: The storage is damaged; or there is none, there are checkpoints, and not one is whole.
+            AlreadyOpenError: The storage at `path` is open.
+            StorageError: `path` is something else than a storage; or the checkpoints are of different storages, of
+                which one is to be chosen by its path.
+
+        Example:
+            >>> storage = Storage.open_or_restore("ctr.damo", "checkpoints", memory="2GiB")  # doctest: +SKIP
+            >>> storage.restored_from  # doctest: +SKIP
+            Checkpoint(path='/data/checkpoints/1000', step=1000, sequence=2046, created=1700000000)
+        """
+        operation = "open_or_restore"
+        options: dict[str, Any] = {
+            "memory": memory,
+            "durability": durability,
+            "threads": threads,
+            "log_bytes": log_bytes,
+            "ttl": ttl,
+            "disk": disk,
+        }
+        cls._options(**options)
+        target, place = parse_path(operation, "path", path), parse_path(operation, "checkpoints", checkpoints)
+        if not isinstance(replace_damaged, bool):
+            raise TypeError(f"[{operation}] replace_damaged is {replace_damaged!r}, expected True or False")
+        if not _holds_something(target):
+            for checkpoint in newest_first(operation, place):
+                try:
+                    return cls.restore(checkpoint.path, target, **options)
+                except CorruptionError as wrong:
+                    pass_over(operation, wrong, 3)
+            return cls(target, **options)
+        try:
+            return cls.open(target, **options)
+        except CorruptionError as damage:
+            if not replace_damaged:
+                raise CorruptionError(
+                    f"{damage}. Nothing was changed: to go on from the newest whole checkpoint in {place}, pass"
+                    " replace_damaged=True, which keeps the damaged directory under another name;"
+                    " Storage.salvage() brings its good rows into a new storage"
+                ) from damage
+            for checkpoint in newest_first(operation, place):
+                try:
+                    verify_checkpoint(checkpoint.path)
+                except CorruptionError as wrong:
+                    pass_over(operation, wrong, 3)
+                    continue
+                aside = _set_aside(target)
+                warnings.warn(
+                    f"[{operation}] the storage {target} is damaged and now at {aside}; {checkpoint.path} takes its"
+                    f" place: {damage}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return cls.restore(checkpoint.path, target, **options)
+            raise
+
+    @staticmethod
+    def checkpoints(directory: PathLike) -> list[Checkpoint]:
+        """The complete checkpoints in a directory, in the order in which they were made; the last one is the newest.
+
+        Complete: the file CHECKPOINT is whole and all files are there with their lengths; `restore` verifies their
+        checksums. None for a directory that does not exist.
+
+        Raises:
+            StorageError: The directory cannot be read.
+        """
+        return list_checkpoints(parse_path("checkpoints", "directory", directory))[0]
+
+    @property
+    def restored_from(self) -> Checkpoint | None:
+        """The checkpoint that this handle began with; None when it opened what was there, or made a new storage."""
+        return self._restored_from
 
     @property
     def path(self) -> str:
@@ -292,9 +467,9 @@ class Storage:
 
     @now.setter
     def now(self, seconds: int) -> None:
-        self._core.now = _parse_int(
-            "now", "now", seconds, 0, 2**62, "whole seconds since 1970 as an int, e.g. int(time.time())"
-        )
+        given = _parse_int("now", "now", seconds, 0, 2**62, "whole seconds since 1970 as an int, e.g. int(time.time())")
+        self._core.now = given
+        self._given_now = given
 
     def expire(self, now: int | None = None) -> int:
         """Confirms the clock, however far it is ahead of the last operation; returns how many rows expired by it.
@@ -370,7 +545,13 @@ class Storage:
         commit = self._core.last_commit()
         return None if commit is None else (None if commit[0] < 0 else commit[0], commit[1])
 
-    def checkpoint(self, directory: PathLike, step: int | None = None, extra: bytes | str | None = None) -> None:
+    def checkpoint(
+        self,
+        directory: PathLike,
+        step: int | None = None,
+        extra: bytes | str | None = None,
+        keep: int | None = None,
+    ) -> None:
         """Keeps the storage as it is now in a new directory: whole or not at all.
 
         Rows that changed are written first; table files are hard-linked where the file system can, so the
@@ -380,14 +561,40 @@ class Storage:
         Args:
             directory: Must not exist; its parent must. `Storage.restore` reads it.
             step, extra: As for `commit`; kept in the checkpoint's file CHECKPOINT.
+            keep: How many checkpoints of this storage to leave in the parent of `directory`, this one included,
+                at least 1. When it is there, those made first are removed. Only complete ones count and are
+                removed; nothing else is touched, nor are checkpoints of another storage. A storage that was
+                restored is still the one its checkpoint was made of. None: all.
+
+        A checkpoint that cannot be removed is a RuntimeWarning: the new one is there.
 
         Raises:
             StorageError: `directory` exists already, its parent does not, or the disk is full; nothing is
                 left behind.
+
+        Example:
+            >>> storage.checkpoint(f"checkpoints/{step}", step=step, keep=3)  # doctest: +SKIP
         """
-        self._core.checkpoint(
-            parse_path("checkpoint", "directory", directory), *_step_and_extra("checkpoint", step, extra)
-        )
+        self._checkpoint(directory, step, extra, keep, None)
+
+    def _checkpoint(
+        self,
+        directory: PathLike,
+        step: int | None,
+        extra: bytes | str | None,
+        keep: int | None,
+        fill: Callable[[str], object] | None,
+    ) -> None:
+        """`fill` puts more files into the directory it is given, before that is the checkpoint."""
+        count = 0 if keep is None else _parse_int("checkpoint", "keep", keep, 1, 2**31 - 1)
+        number, data = _step_and_extra("checkpoint", step, extra)
+        text = parse_path("checkpoint", "directory", directory)
+        for problem in self._core.checkpoint(text, number, data, count, fill):
+            warnings.warn(
+                f"[checkpoint] {text} is there, but an old one could not be removed: {problem}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def dump(
         self,

@@ -20,6 +20,7 @@ from damo_embedding.optimizers import Optimizer
 from damo_embedding.storage import Storage
 
 if TYPE_CHECKING:
+    from damo_embedding._core import Table
     from damo_embedding.torch.pending import Pending
 
 DEFAULT_INITIALIZER = Uniform(-0.05, 0.05)
@@ -35,11 +36,15 @@ class Group:
     def __init__(self, storage: Storage, embedding: Embedding) -> None:
         self.storage = storage
         self.embedding = embedding
-        self.table = embedding._table
         self.dimension = embedding.dimension
         # The optimizer alone holds it: when that is gone, so are the gradients, and backward() updates the
         # rows again.
         self._pending: weakref.ref[Pending] | None = None
+
+    @property
+    def table(self) -> Table:
+        """The core's; another one when the storage went back to a checkpoint."""
+        return self.embedding._table
 
     @property
     def label(self) -> str:

@@ -201,6 +201,11 @@ class BadInput(Suite):
                 either(one_of(None), integer(0, 2**63 - 1)),
             ),
             Argument("checkpoint(extra)", lambda value: storage.checkpoint(directory / "new", 1, value), extra),
+            Argument(
+                "checkpoint(keep)",
+                lambda value: storage.checkpoint(directory / "new", 1, keep=value),
+                either(one_of(None), integer(1, 2**31 - 1)),
+            ),
             Argument("dump(path)", storage.dump, _is_relative),
             Argument(
                 "dump(group)",

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""save_checkpoint and load_checkpoint: the whole training of one step, verified first, whole or not at all."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import os
+import random as python_random
+import shutil
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import damo_embedding as de
+from comparing import files_of, rows_of
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
+from damo_embedding.torch import (  # noqa: E402
+    Embedding,
+    Resumed,
+    SparseOptimizer,
+    load_checkpoint,
+    save_checkpoint,
+)
+from damo_embedding.torch.plain import decode, encode  # noqa: E402
+
+NOW = 2**40
+
+
+def opened(path: Path) -> de.Storage:
+    storage = de.Storage(path, memory="16MiB", threads=1)
+    storage.now = NOW
+    return storage
+
+
+class Training:
+    """A model with rows and a dense part, and all that goes with it."""
+
+    def __init__(self, storage: de.Storage, width: int = 8) -> None:
+        self.storage = storage
+        self.item = Embedding(storage, group="item", dimension=4, optimizer=de.Adam(lr=0.1))
+        self.model = torch.nn.ModuleDict(
+            {
+                "item": self.item,
+                "head": torch.nn.Sequential(
+                    torch.nn.Linear(4, width),
+                    torch.nn.BatchNorm1d(width),
+                    torch.nn.Dropout(0.5),
+                    torch.nn.Linear(width, 1),
+                ),
+            }
+        )
+        self.dense = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.rows = SparseOptimizer(self.model)
+        self.decay = torch.optim.lr_scheduler.MultiStepLR(self.dense, [2, 4])
+        self.states = {"dense": self.dense, "rows": self.rows, "decay": self.decay}
+
+    def learn(self, steps: int) -> None:
+        for _ in range(steps):
+            ids = torch.randint(0, 30, (16,))
+            self.dense.zero_grad()
+            self.model["head"](self.item(ids)).square().sum().backward()
+            self.dense.step()
+            self.rows.step()
+            self.decay.step()
+
+    def save(self, directory: Path, step: int, **options: Any) -> None:
+        save_checkpoint(directory, self.model, self.states, self.storage, step, **options)
+
+    def load(self, place: Path, **options: Any) -> Resumed | None:
+        return load_checkpoint(place, self.model, self.states, self.storage, **options)
+
+    def bits(self) -> tuple[Any, ...]:
+        """All that a checkpoint is of, in a form that == compares."""
+        tensors: dict[str, torch.Tensor] = {}
+        states = {name: one.state_dict() for name, one in self.states.items()}
+        text = json.dumps(encode("test", "", [self.model.state_dict(), states], tensors))
+        drawn = torch.get_rng_state().numpy().tobytes(), python_random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+        return (
+            text,
+            {name: tensor.numpy().tobytes() for name, tensor in tensors.items()},
+            rows_of(self.item.embedding),
+            self.item.embedding.step,
+            drawn,
+        )
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def training(path: Path) -> Any:
+    torch.manual_seed(0)
+    with opened(path) as storage:
+        yield Training(storage)
+
+
+# ------------------------------------------------------------------ resuming
+
+
+def test_everything_is_as_it_was_and_goes_on_as_it_did(training: Training, kept: Path) -> None:
+    training.learn(3)
+    training.save(kept / "3", 3, reader_state={"file": "day-1", "line": 48, "order": np.arange(3)})
+    at_three = training.bits()
+    training.learn(2)
+    at_five = training.bits()
+    resumed = training.load(kept)  # the same objects, which had run ahead
+    assert resumed is not None
+    assert (resumed.path, resumed.step) == (str(kept / "3"), 3)
+    assert resumed.operations_set_aside > 0
+    assert resumed.reader_state["line"] == 48
+    assert resumed.reader_state["order"].tolist() == [0, 1, 2]
+    assert training.bits() == at_three
+    training.learn(2)
+    assert training.bits() == at_five
+
+
+def test_another_process_goes_on_with_objects_of_its_own(training: Training, kept: Path, tmp_path: Path) -> None:
+    training.learn(3)
+    training.save(kept / "3", 3)
+    training.learn(2)
+    expected = training.bits()
+    torch.manual_seed(99)
+    with opened(tmp_path / "another.damo") as storage:  # a new one: the old is lost
+        other = Training(storage)
+        resumed = other.load(kept)
+        assert resumed is not None
+        assert resumed.operations_set_aside == 0
+        other.learn(2)
+        assert other.bits() == expected
+
+
+def test_the_newest_whole_checkpoint_is_taken(training: Training, kept: Path) -> None:
+    for step in range(1, 5):
+        training.learn(1)
+        training.save(kept / str(step), step, keep=3)
+    assert sorted(os.listdir(kept)) == ["2", "3", "4"]
+    data = bytearray((kept / "4" / "dense.safetensors").read_bytes())
+    data[-1] ^= 1
+    (kept / "4" / "dense.safetensors").write_bytes(data)
+    with pytest.warns(RuntimeWarning, match=r"passed over.*4/dense\.safetensors is damaged") as told:
+        resumed = training.load(kept)
+    assert told[0].filename == __file__
+    assert resumed is not None
+    assert resumed.step == 3
+
+
+def test_what_was_set_while_training_stays_set(training: Training, kept: Path) -> None:
+    training.learn(1)
+    training.save(kept / "1", 1)
+    training.item.embedding.lr = 0.5
+    training.load(kept)
+    assert training.item.embedding.lr == 0.5
+    assert training.storage.now == NOW
+    assert training.storage.restored_from is not None
+
+
+def test_a_checkpoint_of_a_training_is_one_of_its_storage(training: Training, kept: Path, tmp_path: Path) -> None:
+    training.learn(2)
+    training.save(kept / "2", 2)
+    with de.Storage.open_or_restore(tmp_path / "copy", kept, memory="16MiB") as storage:
+        assert storage.last_commit == (2, b"")
+        assert rows_of(Training(storage).item.embedding) == rows_of(training.item.embedding)
+
+
+def test_without_a_checkpoint_a_new_training_begins(training: Training, kept: Path) -> None:
+    assert training.load(kept) is None
+    assert training.load(kept / "absent") is None
+    training.learn(1)
+    with pytest.raises(de.StorageError, match=r"no checkpoint in .*checkpoints, but .* has \d+ operations"):
+        training.load(kept)
+
+
+# ------------------------------------------------------------------- refused
+
+
+def test_a_failure_changes_nothing(training: Training, kept: Path, tmp_path: Path) -> None:
+    training.learn(2)
+    training.save(kept / "2", 2)
+    training.learn(1)
+    before = training.bits()
+    for name in ("dense.safetensors", "training.json", "MANIFEST"):
+        shutil.copytree(kept / "2", tmp_path / name)
+        file = tmp_path / name / name
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(de.CorruptionError, match="is not whole"), pytest.warns(RuntimeWarning, match=name):
+            training.load(tmp_path / name)
+        assert training.bits() == before
+    storage = training.storage
+    wider = torch.nn.ModuleDict({"item": training.item, "head": Training(storage, width=9).model["head"]})
+    shape = {name: value.clone() for name, value in wider.state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_checkpoint(kept, wider, training.states, storage)
+    assert all(torch.equal(value, shape[name]) for name, value in wider.state_dict().items())
+    with pytest.raises(ValueError, match=r"the optimizers are 0: AdamW, those of .* are dense: AdamW, rows: SparseOpt"):
+        load_checkpoint(kept, training.model, training.dense, storage)
+    assert rows_of(training.item.embedding) == before[2]
+
+
+def test_a_group_of_another_layout_changes_nothing(training: Training, kept: Path, tmp_path: Path) -> None:
+    save_checkpoint(kept / "1", training.model, None, training.storage, 1)
+    with opened(tmp_path / "other.damo") as storage:
+        item = Embedding(storage, group="item", dimension=5, optimizer=de.Adam(lr=0.1))
+        with pytest.raises(de.SchemaMismatchError, match="dimension 4, opened with 5"):
+            load_checkpoint(kept, item, None, storage, strict=False)
+        item(torch.tensor([1]))
+        assert len(item.embedding) == 1
+
+
+def test_the_rows_of_another_storage_are_never_replaced(training: Training, kept: Path, tmp_path: Path) -> None:
+    training.save(kept / "1", 1)
+    with opened(tmp_path / "other.damo") as storage:
+        other = Training(storage)
+        other.learn(1)
+        with pytest.raises(de.StorageError, match=r"is of another storage than .*other\.damo, which has rows"):
+            other.load(kept)
+        assert len(other.item.embedding) > 0
+
+
+def test_what_cannot_be_saved_leaves_nothing(training: Training, kept: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"\[save_checkpoint\] reader_state/file is .*object.* no form without"):
+        training.save(kept / "1", 1, reader_state={"file": object()})
+    training.item(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match='gradients of group "item" wait for the SparseOptimizer'):
+        training.save(kept / "1", 1)
+    training.rows.zero_grad()
+    with opened(tmp_path / "other.damo") as other, pytest.raises(ValueError, match='group "item" of the model is in'):
+        save_checkpoint(kept / "1", training.model, None, other, 1)
+    for wrong in (-1, 1.5, True, None, "1"):
+        with pytest.raises((TypeError, ValueError), match="step"):
+            training.save(kept / "1", wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="optimizer 0 is int"):
+        save_checkpoint(kept / "1", training.model, 3, training.storage, 1)  # type: ignore[arg-type]
+    assert os.listdir(kept) == []
+    training.save(kept / "1", 1)
+    before = files_of(kept)
+    with pytest.raises(de.StorageError, match="exists already"):
+        training.save(kept / "1", 1)
+    assert files_of(kept) == before
+
+
+def test_nothing_is_pickled(training: Training, kept: Path) -> None:
+    training.learn(1)
+    training.save(kept / "1", 1)
+    for file in (kept / "1").iterdir():
+        assert file.is_dir() or b"ctorch" not in file.read_bytes()
+    json.loads((kept / "1" / "training.json").read_text())
+
+
+def test_a_checkpoint_of_a_storage_alone_is_not_one_of_a_training(training: Training, kept: Path) -> None:
+    training.storage.checkpoint(kept / "1")
+    with (
+        pytest.raises(de.CorruptionError, match="is not whole"),
+        pytest.warns(RuntimeWarning, match=r"no training\.json"),
+    ):
+        training.load(kept / "1")
+
+
+# --------------------------------------------------------------------- plain
+
+
+def test_plain_values_come_back_as_they_were() -> None:
+    shared = torch.arange(4.0)
+    value = {
+        "none": None, "bool": True, "int": 2**100, "float": 0.1, "zero": -0.0, "text": "é\ud800\"", "bytes": b"\0\xff",
+        "list": [1, [2.5, "x"]], "tuple": (1, (2,)), "numbers": {0: "a", (1, 2): "b"}, "$odd": 1,
+        "counter": Counter([3, 3]),
+        "tensor": torch.tensor([1, 2], dtype=torch.int16), "scalar": torch.tensor(3.0), "none left": torch.empty(0, 3),
+        "half": torch.tensor([1.5], dtype=torch.bfloat16), "view": shared[1:3], "same": shared,
+        "turned": torch.ones(2, 3).T,
+        "array": np.array([[1, 2]], np.uint32), "number": np.float64(2.5), "ordered": OrderedDict(a=1), "empty": {},
+    }  # fmt: skip
+    tensors: dict[str, torch.Tensor] = {}
+    back = decode(json.loads(json.dumps(encode("test", "", value, tensors), allow_nan=False)), tensors)
+    assert back.keys() == value.keys()
+    for name, one in value.items():
+        if isinstance(one, torch.Tensor):
+            assert back[name].dtype == one.dtype
+            assert torch.equal(back[name], one)
+        elif isinstance(one, np.ndarray):
+            assert back[name].dtype == one.dtype
+            assert np.array_equal(back[name], one)
+        else:
+            assert back[name] == one
+            assert type(back[name]) is type(one) or name == "ordered"
+    assert math.copysign(1, back["zero"]) == -1
+    for number in (math.nan, math.inf, -math.inf):
+        again = decode(json.loads(json.dumps(encode("test", "", number, {}), allow_nan=False)), {})
+        assert repr(again) == repr(number)
+
+
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{1, 2}, object(), len, Colour.RED, 1j, torch.ones(2).to_sparse(), torch.ones(1, device="meta"), np.array(["a"]),
+     torch.ones(1, dtype=torch.complex64), slice(1)],
+)  # fmt: skip
+def test_what_has_no_plain_form_is_refused_by_its_place(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"\[test\] top/a/0 .*has no form without pickle"):
+        encode("test", "top", {"a": [value]}, {})
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(TypeError, match="nests more than 100 deep"):
+        encode("test", "top", endless, {})
