@@ -45,6 +45,7 @@ from damo_embedding.optimizers import (
     RMSprop,
     RowWiseAdagrad,
 )
+from damo_embedding.rescue import Damage, SalvageReport, VerifyReport
 from damo_embedding.schedules import (
     CosineDecay,
     ExponentialDecay,
@@ -73,6 +74,7 @@ __all__ = [
     "CorruptionError",
     "CosineDecay",
     "CountingBloomFilter",
+    "Damage",
     "DamoError",
     "Embedding",
     "ExponentialDecay",
@@ -93,6 +95,7 @@ __all__ = [
     "RowInfo",
     "RowWiseAdagrad",
     "Rows",
+    "SalvageReport",
     "Schedule",
     "SchemaMismatchError",
     "Steps",
@@ -100,6 +103,7 @@ __all__ = [
     "StorageError",
     "TruncatedNormal",
     "Uniform",
+    "VerifyReport",
     "XavierNormal",
     "XavierUniform",
     "Zeros",
