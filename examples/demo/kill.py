@@ -2,8 +2,8 @@
 """Kill: a training process killed with SIGKILL half-way goes on from its checkpoint as if nothing had
 happened.
 
-A checkpoint is a directory with the rows, the dense weights, their optimizer and the reader's position, moved
-into place in one piece. A run that nobody disturbs is the yardstick: in the end every row, its optimizer
+A checkpoint of `save_checkpoint` is a directory with the rows, the dense weights, their optimizer and the step, of one
+moment. The killed run has gone on after it; what its rows had run ahead is set aside. A run that nobody disturbs is the yardstick: in the end every row, its optimizer
 state, its update count and time, and every dense weight must agree in every bit.
 """
 
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 import damo_embedding as de
+from damo_embedding.torch import load_checkpoint, save_checkpoint
 from demo.progress import Progress
 from demo.runner import Job, Runner
 from demo.settings import Settings, StreamSettings, settings
@@ -51,13 +52,14 @@ def work(directory: Path, quick: bool, options: dict[str, Any], progress: Progre
 
     name = "undisturbed" if role == "undisturbed" else "resumed"
     path = out / name
-    if role == "resumed":  # the directory that the killed process has left
-        opened = de.Storage.restore(checkpoint / "rows", path, memory=size.memory)
-    else:
-        opened = de.Storage.create(path, memory=size.memory)
-    with opened as storage:
+    first = aside = 0
+    opener = de.Storage.open if role == "resumed" else de.Storage.create  # what the killed process has left, or new
+    with opener(path, memory=size.memory) as storage:
         trainer = StreamTrainer(our_embeddings(storage, size), size)
-        first = _load_dense(checkpoint / "dense.npz", trainer) if role == "resumed" else 0
+        if role == "resumed":
+            resumed = load_checkpoint(checkpoint, trainer.model, trainer.dense, storage)
+            assert resumed is not None
+            first, aside = resumed.step, resumed.operations_set_aside
         checkpoint_at = size.steps * 2 // 5
         progress.total(size.steps - first)
         stream = Stream(size)
@@ -65,15 +67,11 @@ def work(directory: Path, quick: bool, options: dict[str, Any], progress: Progre
             batch = stream.batch(step)
             learn_step(storage, trainer, batch, step)
             if role == "victim" and step + 1 == checkpoint_at:
-                aside = out / "checkpoint.part"
-                aside.mkdir()
-                storage.checkpoint(aside / "rows", step=step + 1)
-                _save_dense(aside / "dense.npz", trainer, next_step=step + 1)
-                aside.rename(checkpoint)
+                save_checkpoint(checkpoint, trainer.model, trainer.dense, storage, step=step + 1)
             progress.tick()
         storage.commit(step=size.steps)
     _save_dense(out / f"{name}.npz", trainer, next_step=size.steps)
-    return {"resumed_at": first}
+    return {"resumed_at": first, "operations_set_aside": aside}
 
 
 def _save_dense(path: Path, trainer: StreamTrainer, next_step: int) -> None:
@@ -84,19 +82,6 @@ def _save_dense(path: Path, trainer: StreamTrainer, next_step: int) -> None:
         for name, value in trainer.dense.state[parameter].items():
             arrays[f"{i}.{name}"] = value.numpy()
     np.savez(path, **arrays)
-
-
-def _load_dense(path: Path, trainer: StreamTrainer) -> int:
-    """Returns the reader's position: the step to go on with."""
-    with np.load(path, allow_pickle=False) as arrays, torch.no_grad():
-        for i, parameter in enumerate(trainer.model.dense_parameters()):
-            parameter.copy_(torch.from_numpy(arrays[f"{i}"]))
-            trainer.dense.state[parameter] = {
-                name.removeprefix(f"{i}."): torch.from_numpy(arrays[name])
-                for name in arrays.files
-                if name.startswith(f"{i}.")
-            }
-        return int(arrays["next_step"])
 
 
 def _compare(out: Path, size: StreamSettings, progress: Progress) -> dict[str, Any]:

@@ -11,6 +11,7 @@
 
 #include "arrays.h"
 #include "checkpoints.h"
+#include "rescue.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -76,6 +77,13 @@ Table& open_table(Storage& storage, std::optional<uint32_t> group, const std::st
   const damo::WantedAdmission filter = admission_of(admission);
   const nb::gil_scoped_release released;
   return storage.table(std::move(spec), lifetime_of(ttl), filter);
+}
+
+nb::list damages_of(const std::vector<damo::Damage>& damages) {
+  nb::list out;
+  for (const damo::Damage& damage : damages)
+    out.append(nb::make_tuple(damage.file, damage.what, damage.group, damage.key, damage.mixed));
+  return out;
 }
 
 nb::dict stats_of(const Storage& storage) {
@@ -190,6 +198,19 @@ void bind_storage(nb::module_& m) {
         damo::check_layouts(checkpoint, wanted);
       },
       "checkpoint"_a, "tables"_a);
+  m.def(
+      "salvage",
+      [](const std::string& path, const std::string& out, const std::string& manifest_of) {
+        damo::SalvageReport report;
+        {
+          const nb::gil_scoped_release released;
+          report = Storage::salvage(path, out, manifest_of);
+        }
+        return nb::make_tuple(report.rows, report.records, damages_of(report.lost));
+      },
+      "path"_a, "out"_a, "manifest_of"_a,
+      nb::sig("def salvage(path: str, out: str, manifest_of: str) -> tuple[int, int, list[tuple[str, str, int | None, "
+              "int | None, tuple[int, int] | None]]]"));
   m.def(
       "restore",
       [](const std::string& checkpoint, const std::string& path) {
@@ -331,6 +352,18 @@ void bind_storage(nb::module_& m) {
       .def("expire", &Storage::expire, "now"_a.none(), nb::call_guard<nb::gil_scoped_release>())
       .def("compact", &Storage::compact, nb::call_guard<nb::gil_scoped_release>())
       .def("drop_group", &Storage::drop_group, "group"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "verify",
+          [](Storage& storage) {
+            damo::VerifyReport report;
+            {
+              const nb::gil_scoped_release released;
+              report = storage.verify();
+            }
+            return nb::make_tuple(report.rows, report.files, report.bytes, report.records, damages_of(report.damages));
+          },
+          nb::sig("def verify(self) -> tuple[int, int, int, int, list[tuple[str, str, int | None, int | None, "
+                  "tuple[int, int] | None]]]"))
       .def("stats", &stats_of, nb::sig("def stats(self) -> dict[str, typing.Any]"))
       .def("close", &Storage::close, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -101,19 +101,21 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
   }
 }
 
-fs::path StorageDirectory::generation() const {
-  const std::string text = read_file(path_ / "CURRENT", 256);
+fs::path live_generation(const fs::path& path) {
+  const std::string text = read_file(path / "CURRENT", 256);
   const size_t space = text.find(' ');
   const std::string name = text.substr(0, space);
   if (space == std::string::npos || text != name + " " + checksum_text(name) + "\n" || !name.starts_with(kPrefix) ||
       generation_number(name) == 0)
-    throw CorruptionError("[open] " + (path_ / "CURRENT").string() +
+    throw CorruptionError("[open] " + (path / "CURRENT").string() +
                           " is damaged at offset 0: its checksum does not agree");
-  const fs::path generation = path_ / name;
+  const fs::path generation = path / name;
   if (!fs::is_directory(generation))
-    throw CorruptionError("[open] " + (path_ / "CURRENT").string() + " names " + name + ", which does not exist");
+    throw CorruptionError("[open] " + (path / "CURRENT").string() + " names " + name + ", which does not exist");
   return generation;
 }
+
+fs::path StorageDirectory::generation() const { return live_generation(path_); }
 
 void StorageDirectory::replace_generation(const std::function<void(const fs::path&)>& build) {
   uint64_t number = 0;

@@ -23,6 +23,9 @@ namespace damo {
 // Whether a storage's directory has, or may have, an entry of this name that is its own.
 bool is_name_of_storage(const std::string& name);
 
+// The live generation of the storage at `path`. CorruptionError when CURRENT is damaged or names nothing.
+std::filesystem::path live_generation(const std::filesystem::path& path);
+
 enum class OpenMode { kOpenOrCreate, kCreate, kOpen };
 
 class StorageDirectory {

@@ -36,6 +36,7 @@ struct StoreOptions {
   size_t write_bytes = 16 << 20;    // what writers and compactions may hold
   int read_threads = 16;            // concurrent reads of one multi_get
   bool read_only = false;
+  bool tolerate_damage = false;  // with read_only: opens beside a table file that cannot be opened; reading that fails
 };
 
 // One file of a linked copy, relative to its directory.
@@ -44,6 +45,12 @@ struct LinkedFile {
   uint64_t bytes = 0;
   // crc32c as RocksDB keeps it in its manifest (standard CRC-32C, not masked); computed by us for the small files.
   uint32_t crc32c = 0;
+};
+
+// What verify() found.
+struct StoreDamage {
+  std::filesystem::path file;
+  std::string what;
 };
 
 struct StoreStats {
@@ -106,6 +113,12 @@ class Store {
   // Rewrites everything, without what is disposable, erased or overwritten. Beside a writer; needs as much disk again
   // as is left over. Ends early, with everything as it was, when `cancelled` (unless null) becomes true.
   virtual void compact(std::atomic<bool>* cancelled) = 0;
+  // Reads all files and compares their checksums; adds how many files and bytes it read. A store without files has
+  // nothing to do.
+  virtual std::vector<StoreDamage> verify(uint64_t& /*files*/, uint64_t& /*bytes*/) { return {}; }
+  // Where reading may succeed again when it failed at `key`: the first key after it that lies in another block of some
+  // file. Nothing: there is none.
+  virtual std::optional<StoredKey> place_after(const StoredKey& /*key*/) const { return std::nullopt; }
   virtual StoreStats stats() const = 0;
   // Waits for or cancels background work, in bounded time; later calls throw ClosedError. Idempotent.
   virtual void close() = 0;

@@ -46,6 +46,7 @@ from damo_embedding.optimizers import (
     RMSprop,
     RowWiseAdagrad,
 )
+from damo_embedding.rescue import Damage, SalvageReport, VerifyReport
 from damo_embedding.schedules import (
     CosineDecay,
     ExponentialDecay,
@@ -75,6 +76,7 @@ __all__ = [
     "CorruptionError",
     "CosineDecay",
     "CountingBloomFilter",
+    "Damage",
     "DamoError",
     "Embedding",
     "ExponentialDecay",
@@ -95,6 +97,7 @@ __all__ = [
     "RowInfo",
     "RowWiseAdagrad",
     "Rows",
+    "SalvageReport",
     "Schedule",
     "SchemaMismatchError",
     "Steps",
@@ -102,6 +105,7 @@ __all__ = [
     "StorageError",
     "TruncatedNormal",
     "Uniform",
+    "VerifyReport",
     "XavierNormal",
     "XavierUniform",
     "Zeros",

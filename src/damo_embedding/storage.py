@@ -28,6 +28,7 @@ from damo_embedding.errors import CorruptionError, StorageError
 from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 from damo_embedding.progress import Progress, reporting
 from damo_embedding.rates import Rates
+from damo_embedding.rescue import Damage, SalvageReport, VerifyReport
 
 if TYPE_CHECKING:
     from damo_embedding.embedding import Embedding
@@ -37,6 +38,7 @@ __all__ = ["Storage"]
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _DAY = 86_400
+_SHOWN = 10  # damages that a message names
 _MIN_DISK = 1 << 26
 
 PathLike = str | os.PathLike[str]
@@ -649,6 +651,73 @@ class Storage:
                 return self._core.dump(text, number, count, since, report)
             finally:
                 self._dumping.remove(thread)
+
+    def verify(self, *, strict: bool = True) -> VerifyReport:
+        """Reads everything that is on the disk, to see whether it is whole. Changes nothing but what a scan does.
+
+        CURRENT and MANIFEST; every record of the log; every byte of the table files, by the checksum that their
+        maker noted; RocksDB's own manifest, as the next open would read it; every row, by its checksum; and whether
+        the counts and the filter of keys agree with the rows. Training goes on meanwhile. A checkpoint is verified
+        by `restore`.
+
+        Args:
+            strict: Raise CorruptionError when something is damaged. False: leave that to who reads the report.
+
+        Returns:
+            What was read, and `damages`, each with its file and, of rows, the group and the key or range of keys.
+
+        Raises:
+            CorruptionError: Something is damaged; names it.
+            StorageError: The changed rows could not be written first.
+        """
+        if not isinstance(strict, bool):
+            raise TypeError(f"[verify] strict is {strict!r}, expected True or False")
+        rows, files, size, records, damages = self._core.verify()
+        report = VerifyReport(rows, files, size, records, tuple(Damage(*damage) for damage in damages))
+        if strict and report.damages:
+            shown = "; ".join(damage.what for damage in report.damages[:_SHOWN])
+            more = len(report.damages) - _SHOWN
+            raise CorruptionError(
+                f"[verify] {self.path} is damaged: {shown}{f'; and {more} more' if more > 0 else ''}. Restore a"
+                " checkpoint, or bring the good rows into a new storage with Storage.salvage()"
+            )
+        return report
+
+    @staticmethod
+    def salvage(path: PathLike, out: PathLike, *, manifest_of: PathLike | None = None) -> SalvageReport:
+        """Brings every good row of a damaged storage into a new one. The damaged one stays as it is.
+
+        Rows arrive as they were, to the last bit. What cannot be told to be right is left out and listed: a damaged
+        row; all rows of a damaged block or file, also where an older file has a version of them; what the log did
+        after its first damaged record. A row that had reached the table files by then is in its newest form.
+
+        Args:
+            path: The damaged storage, which is not open.
+            out: An absent or empty directory.
+            manifest_of: A checkpoint of this storage, that tells the groups when its own MANIFEST is damaged. Rows of
+                groups that came later are lost.
+
+        Returns:
+            How many rows are in the new storage, and `lost`, each with its file and, of rows, the group and the key
+            or range of keys.
+
+        Raises:
+            CorruptionError: Nothing can be read: MANIFEST is damaged and `manifest_of` not given, or it is not known
+                which table files count. Nothing is made.
+            AlreadyOpenError: The storage is open.
+            StorageError: `path` is no directory, `out` exists already, or the disk is full.
+
+        Example:
+            >>> report = Storage.salvage("ctr.damo", "rescued.damo")  # doctest: +SKIP
+            >>> for damage in report.lost:  # doctest: +SKIP
+            ...     print(damage.file, damage.what, damage.group, damage.key)
+        """
+        rows, records, lost = _core.salvage(
+            parse_path("salvage", "path", path),
+            parse_path("salvage", "out", out),
+            "" if manifest_of is None else parse_path("salvage", "manifest_of", manifest_of),
+        )
+        return SalvageReport(rows, records, tuple(Damage(*damage) for damage in lost))
 
     def stats(self) -> dict[str, Any]:
         """Counts since opening, and sizes now. Sizes are in bytes; keys are distinct keys of a call.

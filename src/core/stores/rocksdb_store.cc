@@ -713,6 +713,8 @@ class RocksdbStore final : public Store {
     engine_->disposal->set(std::move(disposable));
   }
   void compact(std::atomic<bool>* cancelled) override;
+  std::vector<StoreDamage> verify(uint64_t& files, uint64_t& bytes) override;
+  std::optional<StoredKey> place_after(const StoredKey& key) const override;
   StoreStats stats() const override;
   void close() override;
 
@@ -730,6 +732,7 @@ std::unique_ptr<rocksdb::DB> RocksdbStore::open_read_only(uint64_t committed) co
   const fs::path& directory = engine_->settings.directory;
   rocksdb::Options options = engine_->options;
   options.create_if_missing = false;
+  if (engine_->settings.tolerate_damage) options.paranoid_checks = false;
   rocksdb::DB* raw = nullptr;
   const rocksdb::Status status = rocksdb::DB::OpenForReadOnly(options, directory.string(), &raw);
   std::unique_ptr<rocksdb::DB> db(raw);
@@ -785,6 +788,14 @@ void RocksdbStore::read_chunk(const rocksdb::ReadOptions& read, std::span<const 
   }
   engine_->keys_read += keys.size();
   engine_->keys_found += num_found;
+}
+
+rocksdb::Status allow_deletions(rocksdb::DB& db) {
+#if ROCKSDB_MAJOR >= 9
+  return db.EnableFileDeletions();
+#else
+  return db.EnableFileDeletions(/*force=*/false);
+#endif
 }
 
 std::vector<LinkedFile> RocksdbStore::link_into(const fs::path& directory) {
@@ -843,11 +854,7 @@ std::vector<LinkedFile> RocksdbStore::link_into(const fs::path& directory) {
     } catch (...) {
       error = std::current_exception();
     }
-#if ROCKSDB_MAJOR >= 9
-    const rocksdb::Status status = db.EnableFileDeletions();
-#else
-    const rocksdb::Status status = db.EnableFileDeletions(/*force=*/false);
-#endif
+    const rocksdb::Status status = allow_deletions(db);
     if (error) std::rethrow_exception(error);
     engine_->check_status("link_into", status);
     return files;
@@ -868,6 +875,93 @@ void RocksdbStore::compact(std::atomic<bool>* cancelled) {
   // Closing the store ends it early, too.
   const rocksdb::Status status = engine_->db->CompactRange(options, nullptr, nullptr);
   if (!status.IsIncomplete() && !status.IsShutdownInProgress()) engine_->check_status("compact", status);
+}
+
+std::vector<StoreDamage> RocksdbStore::verify(uint64_t& files, uint64_t& bytes) {
+  const auto lock = engine_->enter("verify");
+  const BlockedSignals blocked;
+  rocksdb::DB& db = *engine_->db;
+  std::vector<StoreDamage> damages;
+  const auto attempt = [&](const fs::path& file, const auto& read) {
+    try {
+      read();
+    } catch (const Error& wrong) {
+      damages.push_back({file, wrong.what()});
+    }
+  };
+  engine_->check_status("verify", db.DisableFileDeletions());
+  try {
+    // Its manifest, as the next open would read it.
+    attempt(engine_->settings.directory, [&] { open_read_only(CommitMark::read(engine_->mark_path()).value_or(0)); });
+    rocksdb::LiveFilesStorageInfoOptions request;
+    request.include_checksum_info = true;
+    request.wal_size_for_flush = UINT64_MAX;
+    std::vector<rocksdb::LiveFileStorageInfo> live;
+    engine_->check_status("verify", db.GetLiveFilesStorageInfo(request, &live));
+    for (const rocksdb::LiveFileStorageInfo& file : live) {
+      if (file.file_type != rocksdb::kTableFile) continue;
+      const fs::path path = fs::path(file.directory) / file.relative_filename;
+      attempt(path, [&] {
+        uint32_t expected = 0;
+        for (const char byte : file.file_checksum) expected = expected << 8 | static_cast<uint8_t>(byte);
+        const uint64_t size = FileDescriptor("verify", path, O_RDONLY).bytes();
+        if (size != file.size)
+          throw CorruptionError("[verify] " + path.string() + " has " + std::to_string(size) + " bytes, expected " +
+                                std::to_string(file.size));
+        if (crc32c_of_file(path) != expected)
+          throw CorruptionError("[verify] " + path.string() + " is damaged: the checksum of its bytes (offset 0 to " +
+                                std::to_string(size) + ") does not agree");
+      });
+      ++files;
+      bytes += file.size;
+    }
+  } catch (...) {
+    allow_deletions(db);
+    throw;
+  }
+  engine_->check_status("verify", allow_deletions(db));
+  return damages;
+}
+
+std::optional<StoredKey> RocksdbStore::place_after(const StoredKey& key) const {
+  const auto lock = engine_->enter("scan");
+  using Number = unsigned __int128;
+  const auto number_of = [](const StoredKey& stored) { return Number{stored.table_id()} << 64 | stored.mixed(); };
+  const auto key_of = [](Number number) {
+    return StoredKey::make(static_cast<uint32_t>(number >> 64), static_cast<uint64_t>(number));
+  };
+  const Number from = number_of(key), end = (Number{1} << 96) - 1;
+  rocksdb::SizeApproximationOptions how;
+  how.include_files = true;
+  // From the indexes alone: 0 as long as both ends lie in the same blocks.
+  const auto is_elsewhere = [&](Number other) {
+    const StoredKey first = key_of(from), last = key_of(other);
+    const rocksdb::Range range(slice(first), slice(last));
+    uint64_t size = 0;
+    const rocksdb::Status status =
+        engine_->db->GetApproximateSizes(how, engine_->db->DefaultColumnFamily(), &range, 1, &size);
+    return status.ok() && size > 0;
+  };
+  std::optional<Number> found;
+  if (from < end && is_elsewhere(end)) {
+    Number low = from, high = end;  // not elsewhere, elsewhere
+    while (high - low > 1) {
+      const Number middle = low + (high - low) / 2;
+      (is_elsewhere(middle) ? high : low) = middle;
+    }
+    found = high;
+  }
+  // A file whose index cannot be read has no blocks, but it has ends.
+  std::vector<rocksdb::LiveFileMetaData> files;
+  engine_->db->GetLiveFilesMetaData(&files);
+  for (const rocksdb::LiveFileMetaData& file : files) {
+    const Number smallest = number_of(StoredKey::from_bytes(bytes_of(rocksdb::Slice(file.smallestkey))));
+    const Number beyond = number_of(StoredKey::from_bytes(bytes_of(rocksdb::Slice(file.largestkey)))) + 1;
+    for (const Number place : {smallest, beyond})
+      if (place > from && place <= end && (!found || place < *found)) found = place;
+  }
+  if (!found) return std::nullopt;
+  return key_of(*found);
 }
 
 StoreStats RocksdbStore::stats() const {

@@ -1,0 +1,445 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Reading everything, to see whether it is whole; and bringing what is whole of a damaged storage into a new one.
+//
+// A row that can be read is not always a row to keep. Where a block of a table file is damaged, an older table may
+// still have an older version of its rows; and an update in the log that finds no row would start from first weights.
+// So a range of keys that cannot be read from all tables is lost as a whole, also for the log. And behind the first
+// record of the log that cannot be read nothing of the log is done: which rows it changed is not known.
+#include "rescue.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <limits>
+
+#include "checkpoints.h"
+#include "error.h"
+#include "log_segment.h"
+#include "storage.h"
+
+namespace damo {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr size_t kSalvageMemory = size_t{64} << 20;
+constexpr size_t kEraseBatch = 4096;
+
+// The next stored key; nothing after the last one.
+std::optional<StoredKey> successor(const StoredKey& key) {
+  if (key.mixed() != std::numeric_limits<uint64_t>::max()) return StoredKey::make(key.table_id(), key.mixed() + 1);
+  if (key.table_id() == std::numeric_limits<uint32_t>::max()) return std::nullopt;
+  return StoredKey::make(key.table_id() + 1, 0);
+}
+
+using Visit = std::function<void(const StoredKey& key, Bytes value)>;
+using Lost = std::function<void(const StoredKey& first, const StoredKey& last, const std::string& what)>;  // both in
+
+// Every row of a table; what cannot be read is told and passed over.
+void scan_past_damage(const Store& store, const StoreSnapshot& rows, uint32_t table_id, const Visit& visit,
+                      const Lost& lost) {
+  const StoredKey end = StoredKey::make(table_id + 1, 0);
+  std::optional<StoredKey> from = StoredKey::make(table_id, 0);
+  std::optional<StoredKey> lost_from;
+  std::string what;
+  const auto tell = [&](const StoredKey& until) {  // not included
+    if (!lost_from) return;
+    const uint64_t last = until.table_id() == table_id ? until.mixed() - 1 : std::numeric_limits<uint64_t>::max();
+    lost(*lost_from, StoredKey::make(table_id, last), what);
+    lost_from.reset();
+  };
+  while (from && *from < end) {
+    std::optional<StoredKey> reached = from;
+    try {
+      const auto row = rows.scan(*from, end);
+      while (row->next()) {
+        tell(*from);
+        visit(row->key(), row->value());
+        reached = successor(row->key());
+      }
+      tell(*from);
+      return;
+    } catch (const ClosedError&) {
+      throw;
+    } catch (const Error& wrong) {
+      if (!lost_from) {
+        lost_from = reached;
+        what = wrong.what();
+      }
+    }
+    if (!reached) return;
+    from = store.place_after(*reached);
+  }
+  tell(end);
+}
+
+uint64_t unmixed(const StoredKey& key) { return unmix_key(key.mixed()); }
+
+Damage range_of(const std::string& file, const TableSpec& spec, const StoredKey& first, const StoredKey& last,
+                const std::string& what) {
+  Damage damage{file, what, spec.group, {}, {}};
+  if (first == last) damage.key = unmixed(first);
+  damage.mixed = {first.mixed(), last.mixed()};
+  return damage;
+}
+
+Manifest read_manifest(const fs::path& file) {
+  const std::string bytes = read_file(file, kMaxManifestBytes);
+  Manifest manifest = decode_manifest(std::as_bytes(std::span(bytes)), file.string());
+  check_settings_are_known(manifest, file.string());
+  return manifest;
+}
+
+// Rows are lost, and the log tells of others: at open they are counted as they are.
+void count_anew(StorageCounters& counters, const Manifest& manifest) {
+  for (const TableSpec& spec : manifest.tables)
+    if (std::none_of(counters.tables.begin(), counters.tables.end(),
+                     [&](const auto& table) { return table.table_id == spec.table_id; }))
+      counters.tables.push_back({spec.table_id, 0, {}, {}});
+  for (TableCounters& table : counters.tables) {
+    table.lifetime = kUnknownLifetime;
+    table.rows = {};
+  }
+}
+
+// Reads a segment's records in order until one is bad; false then, with what is wrong in `damages`.
+bool read_segment(const fs::path& path, const StorageId& id, bool is_newest, std::optional<uint64_t>& last,
+                  std::vector<Damage>& damages, const std::function<void(const SegmentReader&)>& head,
+                  const std::function<void(const LogRecord&)>& visit) {
+  const auto bad = [&](uint64_t offset, const std::string& what) {
+    damages.push_back({path.string(), "at offset " + std::to_string(offset) + ": " + what, {}, {}, {}});
+    return false;
+  };
+  uint64_t offset = 0;
+  try {
+    const FileDescriptor file("verify", path, O_RDONLY);
+    SegmentReader reader(file, id);
+    if (last && reader.first_sequence() != *last + 1)
+      return bad(40, "it starts with operation " + std::to_string(reader.first_sequence()) + ", expected " +
+                         std::to_string(*last + 1));
+    last = reader.first_sequence() - 1;
+    head(reader);
+    while (!reader.at_end()) {
+      offset = reader.offset();
+      LogRecord record;
+      const std::optional<std::string> wrong = reader.read(record);
+      // Behind what is synced, the end of the newest segment may be torn: there the log ends.
+      if (wrong && is_newest && offset >= reader.mark().offset) return true;
+      if (wrong) return bad(offset, *wrong);
+      if (record.sequence != *last + 1)
+        return bad(offset,
+                   "it has operation " + std::to_string(record.sequence) + ", expected " + std::to_string(*last + 1));
+      visit(record);
+      last = record.sequence;
+      reader.next();
+    }
+    return true;
+  } catch (const Error& wrong) {
+    damages.push_back({path.string(), wrong.what(), {}, {}, {}});
+    return false;
+  }
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------ verify
+
+VerifyReport Storage::verify() {
+  const Use use(*this, "verify");
+  VerifyReport report;
+  const std::lock_guard cutting(cutting_);  // no segment goes meanwhile
+  CutInfo info;
+  const bool filtered = tiers_->presence().complete();  // else it says nothing yet
+  const std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
+  const auto attempt = [&](const fs::path& file, const auto& read) {
+    try {
+      read();
+    } catch (const ClosedError&) {
+      throw;
+    } catch (const Error& wrong) {
+      report.damages.push_back({file.string(), wrong.what(), {}, {}, {}});
+    }
+  };
+  attempt(path_ / "CURRENT", [&] { (void)directory_->generation(); });
+  attempt(generation_ / "MANIFEST", [&] { read_manifest(generation_ / "MANIFEST"); });
+  const SegmentFiles log = list_segments(generation_ / "log");
+  std::optional<uint64_t> last;
+  for (const auto& [number, path] : log.segments) {
+    const bool is_newest = number == log.segments.rbegin()->first;
+    std::unique_lock order(order_, std::defer_lock);
+    if (is_newest) order.lock();  // it does not grow meanwhile; the cut began it, so it is short
+    if (!read_segment(
+            path, info.manifest.storage_id, is_newest, last, report.damages, [](const SegmentReader&) {},
+            [&](const LogRecord&) { ++report.records; }))
+      last.reset();
+    ++report.files;
+    std::error_code ignored;
+    report.bytes += fs::file_size(path, ignored);
+  }
+
+  const fs::path cold = generation_ / "rocksdb";
+  for (const StoreDamage& damage : store_->verify(report.files, report.bytes))
+    report.damages.push_back({damage.file.string(), damage.what, {}, {}, {}});
+
+  uint64_t not_in_filter = 0;
+  for (const TableSpec& spec : info.manifest.tables) {
+    const TableShape shape(spec);
+    const Expiry expiry = info.expiry(spec);
+    const size_t before = report.damages.size();
+    uint64_t alive = 0;
+    scan_past_damage(
+        *store_, *rows, spec.table_id,
+        [&](const StoredKey& key, Bytes value) {
+          if (filtered && !tiers_->presence().may_contain(key)) ++not_in_filter;
+          try {
+            const DecodedRow row = decode_row(key, value, shape.num_floats());
+            alive += expiry.alive(row.header.time, row.header.step);
+            ++report.rows;
+          } catch (const CorruptionError& wrong) {
+            report.damages.push_back(range_of(cold.string(), spec, key, key, wrong.what()));
+          }
+        },
+        [&](const StoredKey& first, const StoredKey& until, const std::string& what) {
+          report.damages.push_back(range_of(cold.string(), spec, first, until, what));
+        });
+    if (report.damages.size() != before) continue;  // rows are missing, of course
+    uint64_t counted = 0;
+    for (const TableCounters& table : info.counters.tables)
+      if (table.table_id == spec.table_id) counted = table.rows.since(spec.lifetime.first_bucket(expiry));
+    if (counted != alive)
+      report.damages.push_back(
+          {cold.string(),
+           spec.label() + " has " + std::to_string(alive) + " rows, but " + std::to_string(counted) + " are counted",
+           spec.group,
+           {},
+           {}});
+  }
+  if (not_in_filter > 0)
+    report.damages.push_back({presence_file().string(),
+                              std::to_string(not_in_filter) + " rows are absent for the filter of keys on disk",
+                              {},
+                              {},
+                              {}});
+  return report;
+}
+
+// ----------------------------------------------------------------- salvage
+
+SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const fs::path& manifest_of) {
+  const fs::path from = fs::absolute(path).lexically_normal();
+  fs::path wanted = fs::absolute(out).lexically_normal();
+  if (!wanted.has_filename()) wanted = wanted.parent_path();
+  if (!fs::is_directory(from)) throw StorageError("[salvage] " + from.string() + " is not a directory");
+  if (fs::exists(fs::symlink_status(wanted)) && !(fs::is_directory(wanted) && fs::is_empty(wanted)))
+    throw StorageError("[salvage] " + wanted.string() + " exists already: give an absent or empty directory");
+  if (!fs::is_directory(wanted.parent_path()))
+    throw StorageError("[salvage] the directory " + wanted.parent_path().string() + " does not exist: make it first");
+  std::optional<FileLock> lock;
+  try {
+    lock.emplace(from / "LOCK", FileLock::Words{from.string(), "Storage", "directory"});
+  } catch (const StorageError&) {
+    // A disk that is mounted to be read only: nobody has it open to write.
+  }
+
+  SalvageReport report;
+  const auto note = [&](const fs::path& file, const std::string& what) {
+    report.lost.push_back({file.string(), what, {}, {}, {}});
+  };
+  fs::path generation;
+  try {
+    generation = live_generation(from);
+  } catch (const Error& wrong) {
+    std::vector<fs::path> found;
+    for (const fs::directory_entry& entry : fs::directory_iterator(from))
+      if (entry.path().filename().string().starts_with("generation-")) found.push_back(entry.path());
+    if (found.size() != 1)
+      throw CorruptionError("[salvage] " + from.string() + " has " + std::to_string(found.size()) +
+                            " generations, and which of them counts is not known: " + wrong.what());
+    generation = found.front();
+    note(from / "CURRENT", wrong.what());
+  }
+  Manifest manifest;
+  try {
+    manifest = read_manifest(generation / "MANIFEST");
+  } catch (const Error& wrong) {
+    if (manifest_of.empty())
+      throw CorruptionError(
+          "[salvage] without its MANIFEST it is not known how rows are to be read: give a checkpoint"
+          " of this storage as manifest_of. " +
+          std::string(wrong.what()));
+    manifest = read_manifest(manifest_of / "MANIFEST");
+    note(generation / "MANIFEST", std::string(wrong.what()) + "; groups are those of " + manifest_of.string());
+  }
+  const StorageId damaged_id = manifest.storage_id;
+  manifest.storage_id = make_restored_id(damaged_id);
+  std::sort(manifest.tables.begin(), manifest.tables.end(),
+            [](const auto& one, const auto& other) { return one.table_id < other.table_id; });
+
+  const fs::path cold = generation / "rocksdb";
+  std::unique_ptr<Store> source;
+  try {
+    StoreOptions options;
+    options.directory = cold;
+    options.read_only = true;
+    options.tolerate_damage = true;
+    source = open_rocksdb_store(options);
+  } catch (const Error& wrong) {
+    throw CorruptionError(
+        "[salvage] which table files count is not known, so no row can be told from an old one:"
+        " restore a checkpoint. " +
+        std::string(wrong.what()));
+  }
+
+  struct Range {
+    uint32_t table_id;
+    StoredKey first, last;  // both in
+  };
+  std::vector<Range> ranges;
+  uint64_t newest_row = 0;
+
+  fs::path scratch = wanted;
+  scratch += building_suffix(manifest.storage_id);
+  struct Remove {
+    const fs::path& path;
+    ~Remove() {
+      std::error_code ignored;
+      fs::remove_all(path, ignored);
+    }
+  } remove{scratch};
+  {
+    StorageDirectory directory(scratch, OpenMode::kCreate);
+    directory.replace_generation([&](const fs::path& fresh) {
+      StoreOptions options;
+      options.directory = fresh / "rocksdb";
+      const std::unique_ptr<Store> target = open_rocksdb_store(options);
+      const std::unique_ptr<StoreWriter> writer = target->begin_write();
+      const std::shared_ptr<const StoreSnapshot> rows = source->snapshot();
+      for (const TableSpec& spec : manifest.tables) {
+        const TableShape shape(spec);
+        scan_past_damage(
+            *source, *rows, spec.table_id,
+            [&](const StoredKey& key, Bytes value) {
+              try {
+                newest_row = std::max(newest_row, decode_row(key, value, shape.num_floats()).header.sequence);
+              } catch (const CorruptionError& wrong) {
+                report.lost.push_back(range_of(cold.string(), spec, key, key, wrong.what()));
+                ranges.push_back({spec.table_id, key, key});
+                return;
+              }
+              writer->put(key, value);
+            },
+            [&](const StoredKey& first, const StoredKey& last, const std::string& what) {
+              report.lost.push_back(range_of(cold.string(), spec, first, last, what));
+              ranges.push_back({spec.table_id, first, last});
+            });
+      }
+      writer->commit();
+      target->close();
+
+      // The log, up to where it can be read.
+      make_directory(fresh / "log");
+      std::unique_ptr<OperationLog> log;
+      const SegmentFiles files = list_segments(generation / "log");
+      if (files.segments.empty()) note(generation / "log", "there is no segment of the log");
+      std::optional<uint64_t> last;
+      uint64_t expected = files.segments.empty() ? 0 : files.segments.begin()->first;
+      for (const auto& [number, segment] : files.segments) {
+        const bool whole =
+            number == expected++ &&
+            read_segment(
+                segment, damaged_id, number == files.segments.rbegin()->first, last, report.lost,
+                [&](const SegmentReader& reader) {
+                  if (log) return;
+                  StorageCounters counters =
+                      decode_counters(std::as_bytes(std::span(reader.state())), segment.string());
+                  count_anew(counters, manifest);
+                  log = OperationLog::create({.directory = fresh / "log", .storage_id = manifest.storage_id},
+                                             reader.first_sequence(), encode_counters(counters));
+                },
+                [&](const LogRecord& record) {
+                  const auto names_table = record.type == RecordType::kApply || record.type == RecordType::kInsert ||
+                                           record.type == RecordType::kErase || record.type == RecordType::kImport;
+                  if (uint32_t table_id = 0; names_table && record.body.size() >= sizeof table_id) {
+                    std::memcpy(&table_id, record.body.data(), sizeof table_id);
+                    if (table_id >= manifest.next_table_id && table_id < (uint32_t{1} << 31)) {
+                      note(segment, "rows of table " + std::to_string(table_id) + ", a group that is not known");
+                      manifest.next_table_id = table_id + 1;
+                    }
+                  }
+                  const std::array<Bytes, 1> parts{record.body};
+                  log->append(record.type, parts);
+                  ++report.records;
+                });
+        if (whole) continue;
+        note(segment, "operations " + (last ? "from " + std::to_string(*last + 1) + " on" : std::string("of the log")) +
+                          " are lost, but for rows that have been written to the table files since");
+        break;
+      }
+      if (!log) {
+        StorageCounters counters;
+        counters.sequence = newest_row;
+        count_anew(counters, manifest);
+        log = OperationLog::create({.directory = fresh / "log", .storage_id = manifest.storage_id}, newest_row + 1,
+                                   encode_counters(counters));
+      }
+      log->sync();
+      std::sort(manifest.tables.begin(), manifest.tables.end(),
+                [](const auto& one, const auto& other) { return one.group < other.group; });
+      write_file_atomically(fresh / "MANIFEST", encode_manifest(manifest));
+    });
+  }
+  source->close();
+
+  StorageOptions options;
+  options.memory_bytes = kSalvageMemory;
+  StorageCounters counters;
+  {
+    const std::unique_ptr<Storage> storage = open(scratch, options, OpenMode::kOpen);
+    // Rows that the log made anew in the place of lost ones.
+    CutInfo info;
+    std::shared_ptr<const StoreSnapshot> rows = storage->snapshot(info);
+    for (const Range& range : ranges) {
+      Table* table = storage->table_by_id(range.table_id);
+      if (table == nullptr) continue;
+      std::vector<uint64_t> keys;
+      const auto row = rows->scan(range.first, successor(range.last));
+      for (bool more = true; more;) {
+        more = row->next();
+        if (more) keys.push_back(unmixed(row->key()));
+        if (keys.size() < (more ? kEraseBatch : 1)) continue;
+        table->erase(keys);
+        keys.clear();
+      }
+    }
+    rows.reset();
+    storage->cut_log();
+    for (const auto& group : storage->stats().groups) report.rows += group.rows;
+    {
+      const std::lock_guard order(storage->order_);
+      counters = storage->counters();
+    }
+    storage->close();
+  }
+  if (counters.sequence < newest_row) {
+    // The log ended before some rows were written. An operation to come has a higher number than every row, or redo
+    // would take it for done.
+    counters.sequence = newest_row;
+    const fs::path log = live_generation(scratch) / "log";
+    fs::remove_all(log);
+    make_directory(log);
+    OperationLog::create({.directory = log, .storage_id = manifest.storage_id}, newest_row + 1,
+                         encode_counters(counters));
+  }
+  fs::remove(scratch / "LOCK");
+  if (fs::is_directory(wanted)) fs::remove(wanted);
+  if (renameat2(AT_FDCWD, scratch.c_str(), AT_FDCWD, wanted.c_str(), RENAME_NOREPLACE) != 0)
+    throw_system_error("salvage", wanted);
+  fsync_directory(wanted.parent_path());
+  return report;
+}
+
+}  // namespace damo

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verify finds every damaged byte and row; salvage brings the good rows into a new storage and lists the others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import damo_embedding as de
+from comparing import Row, files_of, rows_of
+from damo_embedding.rescue import _mix
+
+f32 = np.float32
+ROWS = 3000
+NOW = 2**40
+
+
+def small(path: Path, **options: Any) -> de.Storage:
+    storage = de.Storage(path, memory="16MiB", threads=1, **options)
+    storage.now = NOW
+    return storage
+
+
+def groups_of(storage: de.Storage) -> list[de.Embedding]:
+    users = de.Embedding(storage, de.Adam(lr=0.1), de.Uniform(-1.0, 1.0), dimension=16, group=7)
+    items = de.Embedding(storage, de.SGD(lr=0.1), de.Normal(), dimension=8, group="item")
+    return [users, items]
+
+
+def train(storage: de.Storage, seed: int, keys: int = ROWS) -> None:
+    random = np.random.default_rng(seed)
+    for table in groups_of(storage):
+        ids = random.integers(0, ROWS, keys) - ROWS // 2
+        table.apply_gradients(ids, random.standard_normal((keys, table.dimension)).astype(f32))
+        table.lookup([10**6 + seed])  # a row without floats
+
+
+Found = list[dict[int, Row]]
+
+
+def all_rows(storage: de.Storage) -> Found:
+    return [rows_of(table) for table in groups_of(storage)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Found]:
+    """A storage that was closed, a copy of one that was killed with a log, and the rows of both."""
+    place = tmp_path_factory.mktemp("rescue")
+    storage = small(place / "open")
+    for seed in range(3):
+        train(storage, seed)
+        storage.checkpoint(place / f"checkpoint-{seed}")  # a table file each
+    for table in groups_of(storage):
+        table.erase(np.arange(40))
+    train(storage, 3, 300)
+    storage.commit(9, b"nine")
+    rows = all_rows(storage)  # writes them, but not away from the log
+    train(storage, 4, 300)
+    storage.commit(10, b"ten")
+    shutil.copytree(place / "open", place / "killed")
+    rows = all_rows(storage)
+    storage.close()
+    return place / "open", place / "killed", rows
+
+
+@pytest.fixture(params=["closed", "killed"])
+def damaged(request: pytest.FixtureRequest, made: tuple[Path, Path, Found], tmp_path: Path) -> Path:
+    shutil.copytree(made[request.param == "killed"], tmp_path / "damaged")
+    return tmp_path / "damaged"
+
+
+def generation(path: Path) -> Path:
+    return next(path.glob("generation-*"))
+
+
+def flip(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+
+
+def tables(path: Path) -> list[Path]:
+    return sorted((generation(path) / "rocksdb").glob("*.sst"))
+
+
+def salvaged(path: Path, expected: Found, **options: Any) -> tuple[de.SalvageReport, Found]:
+    """Salvages; checks that nothing has changed, that what came is right, and that what did not come is listed."""
+    before = files_of(path)
+    out = path.with_name("rescued")
+    report = de.Storage.salvage(path, out, **options)
+    assert files_of(path) == before
+    assert not list(path.parent.glob("*.building-*"))
+    with small(out) as storage:
+        found = all_rows(storage)
+        assert report.rows == sum(map(len, found)) == storage.stats()["rows"]
+        storage.verify()
+        numbers = [table.group for table in groups_of(storage)]
+    for number, rows, wanted in zip(numbers, found, expected, strict=True):
+        assert rows.items() <= wanted.items()
+        for key in wanted.keys() - rows.keys():
+            assert any(one.contains(number, key) for one in report.lost), f"group {number}, key {key} is not listed"
+    return report, found
+
+
+def test_a_whole_storage_is_verified_and_salvaged_whole(damaged: Path, made: tuple[Path, Path, Found]) -> None:
+    report, found = salvaged(damaged, made[2])
+    assert report.lost == ()
+    assert found == made[2]
+    with small(damaged) as storage:
+        groups_of(storage)
+        verified = storage.verify()
+        assert verified.damages == ()
+        assert verified.rows == storage.stats()["rows"] == sum(map(len, made[2]))
+        assert verified.files > 1
+        assert verified.bytes > verified.rows * 44
+    with small(damaged.with_name("rescued")) as storage:  # it goes on as a storage does
+        train(storage, 5)
+        assert storage.last_commit == (10, b"ten")
+
+
+def test_a_bit_in_a_block_costs_the_rows_of_that_block(damaged: Path, made: tuple[Path, Path, Found]) -> None:
+    largest = max(tables(damaged), key=lambda file: file.stat().st_size)
+    for at in (5_000, 60_000):
+        flip(largest, at)
+    report, _ = salvaged(damaged, made[2])
+    assert all("checksum" in damage.what and damage.group is not None for damage in report.lost)
+    assert 0 < sum(map(len, made[2])) - report.rows < 400
+
+
+def test_verify_names_the_file_and_the_rows(made: tuple[Path, Path, Found], tmp_path: Path) -> None:
+    shutil.copytree(made[0], tmp_path / "damaged")
+    largest = max(tables(tmp_path / "damaged"), key=lambda file: file.stat().st_size)
+    flip(largest, 5_000)
+    with small(tmp_path / "damaged") as storage:
+        groups_of(storage)
+        report = storage.verify(strict=False)
+        assert str(largest) in [damage.file for damage in report.damages]
+        ranges = [damage for damage in report.damages if damage.mixed]
+        assert ranges
+        assert all("checksum" in damage.what and damage.group is not None for damage in ranges)
+        with pytest.raises(de.CorruptionError, match=rf"\[verify\] .* is damaged: .*{largest.name}.*salvage"):
+            storage.verify()
+
+
+@pytest.mark.parametrize("at", ["middle", "end", "one byte"])
+def test_a_truncated_table_costs_rows_and_never_gives_wrong_ones(
+    damaged: Path, made: tuple[Path, Path, Found], at: str
+) -> None:
+    largest = max(tables(damaged), key=lambda file: file.stat().st_size)
+    data = largest.read_bytes()
+    largest.unlink()
+    largest.write_bytes(data[: {"middle": len(data) // 2, "end": len(data) - 60, "one byte": len(data) - 1}[at]])
+    report, _ = salvaged(damaged, made[2])
+    assert report.lost
+
+
+def test_every_flipped_bit_of_a_table_is_found(damaged: Path) -> None:
+    random = np.random.default_rng(0)
+    with small(damaged) as storage:
+        groups_of(storage)
+        file = tables(damaged)[-1]
+        good = file.read_bytes()
+        for _ in range(10):
+            data = bytearray(good)
+            data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
+            file.write_bytes(data)
+            assert str(file) in [damage.file for damage in storage.verify(strict=False).damages]
+            file.write_bytes(good)
+        assert storage.verify().damages == ()
+
+
+def test_a_damaged_log_costs_what_it_did_from_there_on(made: tuple[Path, Path, Found], tmp_path: Path) -> None:
+    path = tmp_path / "damaged"
+    shutil.copytree(made[1], path)
+    segment = max((generation(path) / "log").glob("*.log"), key=lambda file: file.stat().st_size)
+    flip(segment, segment.stat().st_size // 2)
+    with pytest.raises(de.CorruptionError):
+        small(path)
+    before = files_of(path)
+    report = de.Storage.salvage(path, tmp_path / "rescued")
+    assert files_of(path) == before
+    told = [damage for damage in report.lost if damage.file == str(segment)]
+    assert any("offset" in damage.what for damage in told)
+    assert any("operations from" in damage.what for damage in told)
+    with small(tmp_path / "rescued") as storage:
+        storage.verify()
+        train(storage, 6)
+        after = all_rows(storage)
+        shutil.copytree(tmp_path / "rescued", tmp_path / "killed")  # what it did since is redone after a kill
+    with small(tmp_path / "killed") as storage:
+        assert all_rows(storage) == after
+
+
+def test_without_its_manifest_a_checkpoint_tells_the_groups(damaged: Path, made: tuple[Path, Path, Found]) -> None:
+    flip(generation(damaged) / "MANIFEST", 20)
+    with pytest.raises(
+        de.CorruptionError, match=r"\[salvage\] without its MANIFEST .* manifest_of.*MANIFEST is damaged"
+    ):
+        de.Storage.salvage(damaged, damaged.with_name("rescued"))
+    assert not damaged.with_name("rescued").exists()
+    report, found = salvaged(damaged, made[2], manifest_of=made[0].parent / "checkpoint-2")
+    assert found == made[2]
+    assert [damage.file for damage in report.lost] == [str(generation(damaged) / "MANIFEST")]
+
+
+def test_without_current_the_only_generation_is_taken(damaged: Path, made: tuple[Path, Path, Found]) -> None:
+    (damaged / "CURRENT").write_text("x")
+    report, found = salvaged(damaged, made[2])
+    assert found == made[2]
+    assert [damage.file for damage in report.lost] == [str(damaged / "CURRENT")]
+
+
+def test_without_the_list_of_tables_nothing_is_taken_for_right(damaged: Path) -> None:
+    manifest = next((generation(damaged) / "rocksdb").glob("MANIFEST-*"))
+    flip(manifest, manifest.stat().st_size - 20)
+    with pytest.raises(de.CorruptionError, match=r"\[salvage\] which table files count is not known"):
+        de.Storage.salvage(damaged, damaged.with_name("rescued"))
+    assert not damaged.with_name("rescued").exists()
+
+
+def test_verify_finds_damage_in_our_own_files(damaged: Path) -> None:
+    with small(damaged) as storage:
+        groups_of(storage)
+        train(storage, 7, 10)
+        for file in (damaged / "CURRENT", generation(damaged) / "MANIFEST"):
+            good = file.read_bytes()
+            file.write_bytes(good[:-3] + b"x" + good[-2:])
+            found = storage.verify(strict=False).damages
+            assert [damage.file for damage in found] == [str(file)]
+            file.write_bytes(good)
+        assert storage.verify().damages == ()
+
+
+def test_what_cannot_be_salvaged_to_is_refused(damaged: Path, made: tuple[Path, Path, Found], tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    with pytest.raises(de.StorageError, match="exists already: give an absent or empty directory"):
+        de.Storage.salvage(damaged, tmp_path / "full")
+    with pytest.raises(de.StorageError, match="is not a directory"):
+        de.Storage.salvage(tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(TypeError, match=r"\[salvage\] out is int"):
+        de.Storage.salvage(damaged, 3)  # type: ignore[arg-type]
+    with small(damaged) as storage, pytest.raises(de.AlreadyOpenError):
+        de.Storage.salvage(damaged, tmp_path / "out")
+    with small(damaged) as storage, pytest.raises(TypeError, match=r"\[verify\] strict is 1"):
+        storage.verify(strict=1)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "empty").mkdir()
+    assert de.Storage.salvage(damaged, tmp_path / "empty").rows == sum(map(len, made[2]))
+
+
+def test_the_mix_is_that_of_the_format() -> None:
+    assert _mix(0) == 0
+    assert _mix(1) == 0xB456BCFC34C2CB2C
