@@ -189,7 +189,6 @@ std::vector<std::string> remove_checkpoints(const fs::path& directory, const std
     attempt([&] {
       fs::path aside = checkpoint.path;
       aside += removing;
-      if (planted("checkpoint removed under its name")) aside = checkpoint.path;
       fs::rename(checkpoint.path, aside);
       renamed.push_back(aside);
     });

@@ -240,7 +240,7 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
     throw StorageError("[salvage] the directory " + wanted.parent_path().string() + " does not exist: make it first");
   std::optional<FileLock> lock;
   try {
-    lock.emplace(from / "LOCK", FileLock::Words{from.string(), "Storage", "directory"});
+    if (fs::exists(from / "LOCK")) lock.emplace(from / "LOCK", FileLock::Words{from.string(), "Storage", "directory"});
   } catch (const StorageError&) {
     // A disk that is mounted to be read only: nobody has it open to write.
   }
