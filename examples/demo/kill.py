@@ -2,10 +2,10 @@
 """Kill: a training process killed with SIGKILL half-way goes on from its checkpoint as if nothing had
 happened.
 
-A checkpoint of `save_checkpoint` is a directory with the rows, the dense weights, their optimizer and the step, of
-one moment. The killed process has gone on after it; what its rows had run ahead is set aside. A run that nobody
-disturbs is the yardstick: in the end every row, its optimizer state, its update count and time, and every dense
-weight must agree in every bit.
+A checkpoint of `save_checkpoint` is a directory with the rows, the dense weights, their optimizer and the
+step, of one moment. The killed process has gone on after it; what its rows had run ahead is set aside. A run
+that nobody disturbs is the yardstick: in the end every row, its optimizer state, its update count and time,
+and every dense weight must agree in every bit.
 """
 
 from __future__ import annotations
