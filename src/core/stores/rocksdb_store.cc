@@ -925,7 +925,7 @@ std::vector<StoreDamage> RocksdbStore::verify(uint64_t& files, uint64_t& bytes) 
 
 std::optional<StoredKey> RocksdbStore::place_after(const StoredKey& key) const {
   const auto lock = engine_->enter("scan");
-  using Number = unsigned __int128;
+  __extension__ using Number = unsigned __int128;
   const auto number_of = [](const StoredKey& stored) { return Number{stored.table_id()} << 64 | stored.mixed(); };
   const auto key_of = [](Number number) {
     return StoredKey::make(static_cast<uint32_t>(number >> 64), static_cast<uint64_t>(number));
