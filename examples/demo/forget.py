@@ -3,7 +3,7 @@
 
 Our core cannot be told to lose rows, so the demo does it from outside: it remembers the keys used last, as
 many as `oom` had rows in memory, and erases each key that falls out. When such a key comes back, it gets its
-first weights and starts anew.
+first weights and starts anew. How much memory its storage has changes none of this: it has enough not to wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import damo_embedding as de
 from demo.array_file import ArrayFile
 from demo.oom import ends
 from demo.progress import Progress
-from demo.settings import settings, size_in_bytes
+from demo.settings import settings
 from demo.stream import Stream
 from demo.stream_model import StreamTrainer, learn_step, our_embeddings
 
@@ -63,7 +63,7 @@ def work(directory: Path, quick: bool, options: dict[str, Any], progress: Progre
     erased = 0
     with (
         ArrayFile(out / "forgetful.npy", np.float32, size.steps * size.batch) as scores,
-        de.Storage(out / "forgetful.damo", memory=size.memory, log_bytes=size_in_bytes(size.log)) as storage,
+        de.Storage(out / "forgetful.damo", memory=size.forgetful_memory) as storage,
     ):
         embeddings = our_embeddings(storage, size)
         trainer, tables = StreamTrainer(embeddings, size), embeddings.embeddings

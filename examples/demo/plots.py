@@ -51,8 +51,9 @@ def plot(name: str, title: str, x: str, y: str) -> Iterator[Plot]:
         axes.set(title=title, xlabel=x, ylabel=y)
         drawn = Plot(axes)
         yield drawn
-        if axes.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside lower center", ncols=4)
+        if entries := len(axes.get_legend_handles_labels()[0]):
+            # Four beside each other are wider than the figure, and what is outside is cut off.
+            figure.legend(loc="outside lower center", ncols=entries if entries < 4 else 2)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(figure)

@@ -35,6 +35,7 @@ class StreamSettings:
     dense_lr: float = 1e-3
     seed: int = 2
     memory: str = "32MiB"
+    forgetful_memory: str = "256MiB"
     log: str = "128MiB"
     cap: str = "192MiB"  # how far either process may grow, in private memory, once its table is opened
 
@@ -48,7 +49,7 @@ class Settings:
     price_memory: str = "256MiB"
     price_seconds: float = 3.0
     price_rounds: int = 2
-    kill_steps: int = 40
+    kill_steps: int = 24
 
 
 FULL = Settings()

@@ -5,7 +5,8 @@
 // A row that can be read is not always a row to keep. Where a block of a table file is damaged, an older table may
 // still have an older version of its rows; and an update in the log that finds no row would start from first weights.
 // So a range of keys that cannot be read from all tables is lost as a whole, also for the log. And behind the first
-// record of the log that cannot be read nothing of the log is done: which rows it changed is not known.
+// record of the log that cannot be read nothing of the log is done: which rows it changed is not known. Nor is anything
+// done when a group's filter is lost: which keys got a row is for the filter to say.
 #include "rescue.h"
 
 #include <fcntl.h>
@@ -19,6 +20,7 @@
 #include "checkpoints.h"
 #include "error.h"
 #include "log_segment.h"
+#include "saved_filter.h"
 #include "storage.h"
 
 namespace damo {
@@ -92,6 +94,25 @@ Manifest read_manifest(const fs::path& file) {
   Manifest manifest = decode_manifest(std::as_bytes(std::span(bytes)), file.string());
   check_settings_are_known(manifest, file.string());
   return manifest;
+}
+
+// Segments before the one that starts behind the operation `cut` were to be removed, and would count keys twice. False
+// if it cannot be told which those are.
+bool leave_out_dropped(SegmentFiles& files, const StorageId& id, uint64_t cut) {
+  if (cut == 0 || files.segments.empty()) return true;
+  for (auto next = files.segments.rbegin(); next != files.segments.rend(); ++next) {
+    uint64_t first = 0;
+    try {
+      const FileDescriptor file("salvage", next->second, O_RDONLY);
+      first = SegmentReader(file, id).first_sequence();
+    } catch (const Error&) {
+      return false;
+    }
+    if (first > cut + 1) continue;
+    files.segments.erase(files.segments.begin(), files.segments.find(next->first));
+    return first == cut + 1;
+  }
+  return true;
 }
 
 // Rows are lost, and the log tells of others: at open they are counted as they are.
@@ -179,6 +200,16 @@ VerifyReport Storage::verify() {
     ++report.files;
     std::error_code ignored;
     report.bytes += fs::file_size(path, ignored);
+  }
+
+  for (const TableSpec& spec : info.manifest.tables) {
+    if (!spec.admission || spec.admission->saved == 0) continue;
+    const SavedFilter saved{info.manifest.storage_id, spec.table_id, spec.admission->saved};
+    attempt(generation_ / saved.name(), [&] {
+      CountingBloomFilter filter(spec.admission->filter);
+      read_saved_filter(generation_, saved, filter);
+    });
+    ++report.files;
   }
 
   const fs::path cold = generation_ / "rocksdb";
@@ -343,8 +374,38 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
       // The log, up to where it can be read.
       make_directory(fresh / "log");
       std::unique_ptr<OperationLog> log;
-      const SegmentFiles files = list_segments(generation / "log");
+      SegmentFiles files = list_segments(generation / "log");
       if (files.segments.empty()) note(generation / "log", "there is no segment of the log");
+      if (!leave_out_dropped(files, damaged_id, manifest.cut)) {
+        note(generation / "log",
+             "it is lost, but for rows that have been written to the table files since: it is not"
+             " known where it starts");
+        files.segments.clear();
+      }
+      bool filter_lost = false;
+      for (TableSpec& spec : manifest.tables) {
+        if (!spec.admission || spec.admission->saved == 0) continue;
+        const SavedFilter saved{damaged_id, spec.table_id, spec.admission->saved};
+        try {
+          reseal_saved_filter(generation, saved, spec.admission->filter, fresh,
+                              {manifest.storage_id, saved.table_id, saved.sequence});
+        } catch (const CorruptionError& wrong) {
+          report.lost.push_back({(generation / saved.name()).string(),
+                                 std::string(wrong.what()) + "; the filter of " + spec.label() + " counts anew",
+                                 spec.group,
+                                 {},
+                                 {}});
+          spec.admission->saved = 0;
+          filter_lost = true;
+        }
+      }
+      if (filter_lost && !files.segments.empty()) {
+        note(generation / "log",
+             "it is lost, but for rows that have been written to the table files since: without the"
+             " filter it is not known which keys got a row");
+        files.segments.clear();
+      }
+      if (files.segments.empty()) manifest.cut = 0;
       std::optional<uint64_t> last;
       uint64_t expected = files.segments.empty() ? 0 : files.segments.begin()->first;
       for (const auto& [number, segment] : files.segments) {
@@ -362,7 +423,8 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
                 },
                 [&](const LogRecord& record) {
                   const auto names_table = record.type == RecordType::kApply || record.type == RecordType::kInsert ||
-                                           record.type == RecordType::kErase || record.type == RecordType::kImport;
+                                           record.type == RecordType::kErase || record.type == RecordType::kImport ||
+                                           record.type == RecordType::kCount;
                   if (uint32_t table_id = 0; names_table && record.body.size() >= sizeof table_id) {
                     std::memcpy(&table_id, record.body.data(), sizeof table_id);
                     if (table_id >= manifest.next_table_id && table_id < (uint32_t{1} << 31)) {

@@ -257,3 +257,75 @@ def test_what_cannot_be_salvaged_to_is_refused(damaged: Path, made: tuple[Path, 
 def test_the_mix_is_that_of_the_format() -> None:
     assert _mix(0) == 0
     assert _mix(1) == 0xB456BCFC34C2CB2C
+
+
+def filtered(storage: de.Storage, **options: Any) -> de.Embedding:
+    admission = de.CountingBloomFilter(capacity=10_000, count=2, fpr=1e-3) if options.pop("filter", True) else None
+    return de.Embedding(storage, de.SGD(lr=0.1), de.Normal(), dimension=2, group=3, admission=admission, **options)
+
+
+@pytest.fixture
+def with_filter(tmp_path: Path) -> tuple[Path, dict[int, Row], list[int]]:
+    """A killed storage whose filter is in a file and whose log counts on from there; its rows and its counts."""
+    random = np.random.default_rng(5)
+    with small(tmp_path / "open", log_bytes="1MiB") as storage:
+        table = filtered(storage)
+        for _ in range(40):  # 4,000 of 5,000 keys, some twice and more
+            keys = random.integers(0, 5_000, 100)
+            table.lookup(keys)
+            table.apply_gradients(keys, random.standard_normal((100, 2)).astype(f32))
+    with small(tmp_path / "open") as storage:
+        table = filtered(storage)
+        for _ in range(5):
+            keys = random.integers(0, 5_000, 100)
+            table.lookup(keys)
+            table.apply_gradients(keys, random.standard_normal((100, 2)).astype(f32))
+        storage.commit()
+        shutil.copytree(tmp_path / "open", tmp_path / "damaged")
+        assert table.admission is not None
+        counts = table.admission.estimate(np.arange(5_000)).tolist()
+        return tmp_path / "damaged", rows_of(table), counts
+
+
+def test_a_filter_is_verified_and_comes_along(with_filter: tuple[Path, dict[int, Row], list[int]]) -> None:
+    path, rows, counts = with_filter
+    report = de.Storage.salvage(path, path.with_name("rescued"))
+    assert not report.lost
+    with small(path.with_name("rescued")) as storage:
+        table = filtered(storage, filter=False)
+        assert rows_of(table) == rows
+        assert table.admission is not None
+        assert table.admission.estimate(np.arange(5_000)).tolist() == counts
+        storage.verify()
+
+
+def test_a_lost_filter_costs_the_log_and_is_listed(with_filter: tuple[Path, dict[int, Row], list[int]]) -> None:
+    path, rows, _ = with_filter
+    [file] = generation(path).glob("filter-*")
+    with small(path) as storage:
+        filtered(storage, filter=False)
+        whole = file.read_bytes()
+        flip(file, 5000)
+        report = storage.verify(strict=False)
+        assert [damage.file for damage in report.damages] == [str(file)]
+        file.write_bytes(whole)
+    [file] = generation(path).glob("filter-*")  # closing wrote it anew
+    before = set(rows)
+    flip(file, 5000)
+    with pytest.raises(de.CorruptionError, match="filter-"):
+        small(path)
+    report = de.Storage.salvage(path, path.with_name("rescued"))
+    assert report.lost[0].group == 3
+    assert "filter-" in report.lost[0].file
+    assert "counts anew" in report.lost[0].what
+    with small(path.with_name("rescued")) as storage:
+        table = filtered(storage, filter=False)
+        assert table.admission is not None
+        assert table.admission.estimate(np.arange(5_000)).max() == 0
+        found = rows_of(table)
+        assert found.keys() <= before
+        assert all(found[key] == rows[key] for key in found)
+        assert report.rows == len(found) > 0
+        table.lookup([10**6, 10**6])
+        assert table.contains([10**6]).all()
+        storage.verify()
