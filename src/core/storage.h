@@ -207,7 +207,7 @@ class Storage {
   int64_t wanted_now() const;               // what the user gave, or the wall clock
   // The time for who reads: looking does not move the clock, or a look before the user gives the time of old events
   // would leave them in the past.
-  int64_t read_clock() const;
+  int64_t read_clock() const;        // what the clock would be at an operation now; it moves only with a record
   int64_t tick();                    // the order lock is held: moves the clock on, and tells it
   StorageCounters counters() const;  // the order lock is held
 

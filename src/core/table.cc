@@ -187,7 +187,7 @@ void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<u
   for_each_chunk(rows, tiers.chunk_rows(shape_), [&](std::span<const uint32_t> chunk) {
     const std::unique_lock order = storage_.begin_operation();
     check_exists("lookup");
-    const int64_t time = storage_.tick();
+    const int64_t time = storage_.read_clock();
     const Expiry expiry = expiry_at(time);
     // Absent at that epoch or expired by then: time does not run back, and no step is taken back.
     Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true, absent_at);
@@ -200,6 +200,7 @@ void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<u
       try {
         const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(created))};
         sequence = storage_.append(RecordType::kInsert, parts);
+        storage_.clock_ = time;
       } catch (...) {
         tiers.abandon(prepared);
         throw;
@@ -258,7 +259,7 @@ std::vector<uint32_t> Table::admit(Admission& admission, Batch& batch, std::vect
   {
     const std::unique_lock order = storage_.begin_operation();
     check_exists("lookup");
-    const int64_t time = storage_.tick();
+    const int64_t time = storage_.read_clock();
     const Expiry expiry = expiry_at(time);
     // From here on nobody else makes a row: these are all that get counted.
     for_each_chunk(rows, chunk_rows, [&](std::span<const uint32_t> chunk) {
@@ -285,6 +286,7 @@ std::vector<uint32_t> Table::admit(Admission& admission, Batch& batch, std::vect
     const std::string prefix = encode_count_prefix(record);
     const std::array<Bytes, 3> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(keys)), times_bytes};
     sequence = storage_.append(RecordType::kCount, parts);
+    storage_.clock_ = time;
     // Which keys come in is known only now. Should their rows not be made, redo counts the keys again and makes them.
     after_log(tiers, [&] {
       const std::unique_ptr<bool[]> seen = admission.count(keys, times, sequence);
@@ -672,7 +674,7 @@ uint64_t Table::erase(std::span<const uint64_t> keys, Erased what, uint64_t newe
   uint64_t sequence = 0, gone = 0;
   {
     const std::unique_lock order = storage_.begin_operation();
-    const int64_t time = storage_.tick();
+    const int64_t time = storage_.read_clock();
     // With no expiry, rows that have expired are there, too. They are counted no more.
     const Expiry expiry = what == Erased::kAll ? Expiry{} : expiry_at(time);
     const std::vector<Found> found = survey(batch, expiry);
@@ -694,6 +696,7 @@ uint64_t Table::erase(std::span<const uint64_t> keys, Erased what, uint64_t newe
               const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(erased))};
               sequence = planted("erase not logged") ? storage_.log_->last_sequence() + 1
                                                      : storage_.append(RecordType::kErase, parts);
+              storage_.clock_ = time;
             },
         .change = [&](std::span<const uint32_t> part,
                       const Tiers::Prepared& prepared) { tiers.erase(part, prepared, sequence); }};

@@ -266,6 +266,21 @@ TEST_CASE("storage: the same group with other dimension, optimizer, initializer,
   CHECK(storage->stats().groups.size() == 1);
 }
 
+TEST_CASE("storage: a call that leaves no record does not move the clock") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s");
+  Table& table = storage->table(spec_of(0, 4));
+  storage->set_now(int64_t{1} << 40);
+  lookup(table, {1, 2}, true);
+  storage->set_now((int64_t{1} << 40) + 500);
+  CHECK(table.erase(std::vector<uint64_t>{7}) == 0);
+  lookup(table, {1, 2}, true);
+  storage->checkpoint(directory / "checkpoint", 1, "");
+  storage->close();
+  Storage::restore(directory / "checkpoint", directory / "restored");
+  CHECK(open(directory / "restored")->now() == int64_t{1} << 40);
+}
+
 TEST_CASE("storage: groups are saved once, before the first operation after they were opened, and at close") {
   const TemporaryDirectory directory;
   const fs::path manifest = directory / "s" / "generation-000001" / "MANIFEST";
