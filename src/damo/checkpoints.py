@@ -24,8 +24,15 @@ _counter = itertools.count()
 
 
 def replace_checkpoint(storage: de.Storage, path: str) -> None:
-    """Makes a checkpoint at `path`, in the place of one that is there, or of an empty directory."""
+    """Makes a checkpoint at `path`, in the place of one that is there, or of an empty directory. Or a StorageError."""
     target = os.path.realpath(path)
+    try:
+        _replace(storage, target)
+    except OSError as error:
+        raise de.StorageError(f"[checkpoint] {target} cannot be replaced: {error}") from error
+
+
+def _replace(storage: de.Storage, target: str) -> None:
     expect_replaceable(target)
     if not os.path.lexists(target):
         storage.checkpoint(target)

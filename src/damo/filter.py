@@ -135,9 +135,12 @@ def _identity(path: str) -> tuple[int, int] | None:
 def _default_path() -> str:
     """In the user's own data directory, made if it is absent: nobody else can put a file there."""
     home = os.environ.get("XDG_DATA_HOME", "")
-    base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "share"
-    folder = base / "damo-embedding"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "share"
+        folder = base / "damo-embedding"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        raise de.StorageError(f"[PyFilter] there is no place for its file, give a path: {error}") from error
     return str(folder / "counting-bloom-filter")
 
 

@@ -199,3 +199,10 @@ def test_keys_and_numbers_that_make_no_sense_are_refused(
     with pytest.raises(error, match=r"^\[add\]"):
         seen.add(key, num)
     assert not seen.check(1)
+
+
+def test_without_a_place_for_its_file_it_asks_for_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    with pytest.raises(de.StorageError, match="no place for its file, give a path"):
+        damo.PyFilter(damo.Parameters())
