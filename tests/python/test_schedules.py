@@ -717,14 +717,15 @@ verbs = {
     "import_rows": lambda: other.import_rows(keys, ones),
     "drop_group": lambda: storage.drop_group(9),
     "checkpoints": lambda: de.Storage.checkpoints(path),
+    "verify": lambda: storage.verify(),
     "closed": lambda: storage.closed,
     "path": lambda: storage.path,
     "the end of another storage": lambda: leave(path + "/t"),
     "close": lambda: storage.close(),
 }
 members = {*vars(de.Storage), *vars(de.Embedding)}
-fixed = {"create", "open", "restore", "open_or_restore", "restored_from", "storage", "optimizer", "initializer"}
-fixed |= {"dimension", "group", "name", "seed"}
+fixed = {"create", "open", "restore", "open_or_restore", "restored_from", "salvage", "storage", "optimizer"}
+fixed |= {"initializer", "dimension", "group", "name", "seed"}
 forgotten = {name for name in members if not name.startswith("_")} - fixed - set(verbs)
 assert not forgotten, forgotten
 
