@@ -36,14 +36,7 @@ class Optimizer(Described):
     lr: LearningRate
 
     def _take_lr(self) -> None:
-        owner = type(self).__name__
-        lr = _learning_rate(owner, "lr", self.lr)
-        if not callable(lr) and np.float32(lr) == 0:
-            raise ValueError(
-                f"[{owner}] lr is {self.lr!r}, expected a number above 0: nothing would be learnt."
-                " To hold a group still for a while, set embedding.lr = 0 or give apply_gradients(lr=0)"
-            )
-        object.__setattr__(self, "lr", lr)
+        object.__setattr__(self, "lr", _learning_rate(type(self).__name__, "lr", self.lr))
 
     def _rate(self) -> float:
         """The rate for the core: of a schedule where it starts, of a function of the step the default."""
