@@ -133,7 +133,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _default_path() -> str:
-    """In the user's own data directory, made if it is absent: nobody else can put a file there."""
+    """In the user's own data directory; a folder that is made for it is open to the user alone."""
     home = os.environ.get("XDG_DATA_HOME", "")
     try:
         base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "share"
