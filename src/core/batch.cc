@@ -83,6 +83,7 @@ Batch::Batch(std::span<const Batch* const> parts) {
   for (const Batch* part : parts) {
     positions += part->num_positions();
     rows += part->num_rows();
+    hints_at = part == parts.front() || part->hints_at == hints_at ? part->hints_at : kNever;
   }
   index.resize(positions);
   Numbering numbering(mixed, rows);
@@ -149,14 +150,28 @@ void sum_range(const Batch& batch, std::span<const float* const> parts, std::spa
 
 size_t num_ranges(size_t rows, const ThreadPool& pool) { return rows < 2048 ? 1 : pool.size(); }
 
+// Ends of ranges of rows that have about as many positions each. Popular keys come early and often: rows cut into equal
+// ranges would leave most of the work to the first.
+std::vector<uint32_t> ranges_of_equal_work(const Batch& batch, size_t ranges) {
+  constexpr size_t kEvery = 61;  // positions; no divisor of a usual number of fields
+  std::vector<uint32_t> sample;
+  for (size_t p = 0; ranges > 1 && p < batch.num_positions(); p += kEvery)
+    if (batch.index[p] != Batch::kNoRow) sample.push_back(batch.index[p]);
+  std::sort(sample.begin(), sample.end());
+  std::vector<uint32_t> ends;
+  for (size_t range = 1; range < ranges; ++range)
+    ends.push_back(sample.empty() ? 0 : sample[sample.size() * range / ranges]);
+  ends.push_back(static_cast<uint32_t>(batch.num_rows()));
+  return ends;
+}
+
 }  // namespace
 
 void sum_gradients(const Batch& batch, std::span<const float* const> parts, std::span<const size_t> part_positions,
                    size_t dimension, ThreadPool& pool, float* sums) {
-  const size_t rows = batch.num_rows(), ranges = num_ranges(rows, pool);
-  pool.run(ranges, [&](size_t range) {
-    const auto begin = static_cast<uint32_t>(rows * range / ranges);
-    const auto end = static_cast<uint32_t>(rows * (range + 1) / ranges);
+  const std::vector<uint32_t> ends = ranges_of_equal_work(batch, num_ranges(batch.num_rows(), pool));
+  pool.run(ends.size(), [&](size_t range) {
+    const uint32_t begin = range == 0 ? 0 : ends[range - 1], end = ends[range];
     switch (dimension) {
       case 8:
         return sum_range<8>(batch, parts, part_positions, dimension, begin, end, sums);

@@ -22,6 +22,7 @@ class Batch {
  public:
   static constexpr uint32_t kNoRow = ~uint32_t{0};            // in `index`: a padding position
   static constexpr size_t kMaxPositions = (size_t{1} << 31);  // of one call
+  static constexpr uint64_t kNever = ~uint64_t{0};
 
   // Finds the distinct keys. Positions whose key is `padding` belong to no row.
   Batch(std::span<const uint64_t> keys, std::optional<uint64_t> padding);
@@ -37,6 +38,7 @@ class Batch {
   std::vector<uint32_t> index;  // [positions] which distinct key, or kNoRow
   std::vector<uint32_t> first;  // [rows] position of first appearance
   std::vector<Slot> hints;      // [rows] where the row was, or kNoSlot
+  uint64_t hints_at = kNever;   // Tiers::moves() before the first hint was noted
 };
 
 // rows grouped by shard: order[begin[s] .. begin[s + 1]) are the rows of shard s.

@@ -101,6 +101,7 @@ Tiers::HotRead Tiers::read_hot(const TableShape& shape, const Expiry& expiry, Ba
   const size_t shards = hot_.num_shards();
   const size_t ranges = batch.num_rows() < 2048 ? 1 : std::min(shards, pool_.size() * 2);
   std::vector<HotRead> parts(ranges);
+  batch.hints_at = moves();
   pool_.run(ranges, [&](size_t range) {
     constexpr size_t kEntryAhead = 16, kRowAhead = 8;
     for (size_t s = shards * range / ranges; s < shards * (range + 1) / ranges; ++s) {
@@ -118,6 +119,7 @@ Tiers::HotRead Tiers::read_hot(const TableShape& shape, const Expiry& expiry, Ba
         if (i < kEntryAhead) continue;
         const uint32_t r = rows[i - kEntryAhead];
         const Slot slot = hot_.find(shard, table_id, batch.mixed[r]);
+        batch.hints[r] = kNoSlot;
         if (slot == kNoSlot) {
           parts[range].missing.push_back(r);
           continue;
@@ -252,6 +254,7 @@ void Tiers::remove_row(Slot slot) {
     const std::lock_guard lock(shard.mutex);
     hot_.remove(shard, slot);
   }
+  note_move();
   hot_.free(slot);
   ++counters_.evicted;
 }
@@ -360,14 +363,20 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, co
     prepared.fresh.clear();
     misses.clear();
     need_slot.clear();
+    // Where nothing has moved since the lookup and nothing expires, the hints need no look at the rows.
+    const bool settled = batch.hints_at == moves() && expiry.unit == AgeUnit::kNone;
     for (size_t i = 0; i < rows.size(); ++i) {
+      const uint32_t r = rows[i];
+      Slot slot = batch.hints[r];
+      if (settled && slot != kNoSlot) {
+        prepared.slots[r] = slot;
+        continue;
+      }
       if (i + 16 < rows.size()) {
         const Slot hint = batch.hints[rows[i + 16]];
         if (hint != kNoSlot) __builtin_prefetch(hot_.row(hint), 1);
       }
-      const uint32_t r = rows[i];
       const uint64_t mixed = batch.mixed[r];
-      Slot slot = batch.hints[r];
       if (!hot_.holds(slot, table_id, mixed)) slot = hot_.find(hot_.shard(hot_.shard_of(mixed)), table_id, mixed);
       prepared.slots[r] = slot;
       if (slot != kNoSlot) {
@@ -585,6 +594,7 @@ void Tiers::erase(std::span<const uint32_t> rows, const Prepared& prepared, uint
     row->sequence = sequence;
     row->flags |= HotRow::kDirty | HotRow::kErased;
   }
+  note_move();
   keep_displaced(std::move(displaced));
 }
 

@@ -81,6 +81,10 @@ class Tiers {
 
   // ---- lookups (any thread, no lock held)
 
+  // How often a row has left memory or was erased. A place noted after this was read is where the row is for as long
+  // as the number stays, unless the row has expired.
+  uint64_t moves() const noexcept { return moves_.load(std::memory_order_acquire); }
+
   // Copies the weights of rows in memory to out[first[r] * dimension] (unless `out` is null), notes their places in
   // batch.hints, and returns the rest. `touch`: a training lookup, which counts for eviction.
   struct HotRead {
@@ -203,7 +207,8 @@ class Tiers {
   bool removed_since(uint64_t mixed, uint32_t epoch) const noexcept {
     return removed_[mixed >> 24 & (removed_.size() - 1)] > epoch;
   }
-  void remove_row(Slot slot);  // structure lock held
+  void remove_row(Slot slot);                                                    // structure lock held
+  void note_move() noexcept { moves_.fetch_add(1, std::memory_order_release); }  // after it; structure lock held
   // As store_.multi_get, without the keys that cannot be there.
   void read_cold(std::span<const StoredKey> keys, const Store::Found& found) const;
   // Of a row that is not in memory: the filter had its key before the row left. Structure lock held.
@@ -240,6 +245,7 @@ class Tiers {
   std::mutex write_mutex_;
   mutable std::mutex structure_;
   std::atomic<uint32_t> epoch_{0};
+  std::atomic<uint64_t> moves_{0};
   std::vector<uint32_t> removed_;  // epoch of the last removal, per bucket of keys; structure lock
   size_t pending_bytes_ = 0;       // slots that lookups hold while they read; structure lock
 

@@ -114,6 +114,12 @@ TEST_CASE("batch: the union of batches is the batch of their keys one after the 
   CHECK(merged.first == whole.first);
   // Rows 1, 2 of part 0; 3, 0 of part 2 (2 is known already); 9 of part 3.
   CHECK(merged.hints == std::vector<Slot>{100, 101, 300, 302, 401});
+  CHECK(merged.hints_at == Batch::kNever);
+  for (Batch& batch : batches) batch.hints_at = 7;
+  CHECK(Batch{std::span<const Batch* const>(pointers)}.hints_at == 7);
+  // Were the places of one noted later, those of another might have changed by then.
+  batches[2].hints_at = 8;
+  CHECK(Batch{std::span<const Batch* const>(pointers)}.hints_at == Batch::kNever);
 }
 
 TEST_CASE("batch: a union keeps padding positions out, part by part") {

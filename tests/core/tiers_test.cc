@@ -501,6 +501,47 @@ TEST_CASE("tiers: prepare and abandon change nothing that can be seen") {
   CHECK(h.snapshot_is(*snapshot, model));
 }
 
+TEST_CASE("tiers: an update finds its rows wherever they went since their lookup") {
+  Harness h(kMemory / 2);
+  const std::vector<uint64_t> keys = range(0, 300);
+  h.apply(1, keys);
+  Batch batch(keys, std::nullopt);
+  h.tiers.read_hot(h.small, Expiry{}, batch, ShardOrder(batch, h.tiers.hot()), nullptr, true);
+  std::vector<uint32_t> rows(batch.num_rows());
+  std::iota(rows.begin(), rows.end(), 0u);
+  // The keys that an update of the batch would make anew. Every row has its slot, and no other's.
+  const auto fresh = [&](const Expiry& expiry) {
+    const std::lock_guard lock(h.order);
+    Tiers::Prepared prepared = h.tiers.prepare(h.small, expiry, batch, rows, true);
+    bool right = true;
+    for (const uint32_t r : rows) {
+      const HotRow* row = h.tiers.hot().row(prepared.slots[r]);
+      right = right && row->mixed == batch.mixed[r] && row->table_id == 1;
+    }
+    CHECK(right);
+    std::vector<uint64_t> made;
+    for (const uint32_t r : prepared.fresh) made.push_back(unmix_key(batch.mixed[r]));
+    h.tiers.abandon(prepared);
+    std::sort(made.begin(), made.end());
+    return made;
+  };
+  const auto evicted = [&] { return h.tiers.stats().evicted; };
+
+  CHECK(batch.hints_at == h.tiers.moves());
+  CHECK(fresh({}).empty());
+  h.apply(1, range(100, 200));
+  const Expiry since_second_update{AgeUnit::kSeconds, Harness::time_of(2), 0};
+  CHECK(fresh(since_second_update).size() == 200);  // though none has moved
+  h.create(1, range(1000, 1010));
+  CHECK(batch.hints_at == h.tiers.moves());
+  h.erase(1, range(10, 20));
+  CHECK(fresh({}) == range(10, 20));
+  h.create(1, range(10, 15));
+  CHECK(fresh({}) == range(15, 20));
+  for (uint64_t i = 0; evicted() < 30000; ++i) h.apply(1, range(10000 + i * 1000, 11000 + i * 1000));
+  CHECK(fresh({}) == range(15, 20));
+}
+
 TEST_CASE("tiers: an operation with a number a row has seen already changes nothing: redo may repeat itself") {
   Harness h;
   h.apply(1, range(0, 100));
