@@ -127,84 +127,41 @@ namespace {
 
 // `kDimension` 0: taken from the argument; else a constant the compiler unrolls by.
 template <size_t kDimension>
-void sum_range(const Batch& batch, std::span<const float* const> parts, std::span<const size_t> part_positions,
-               size_t dimension_argument, uint32_t begin, uint32_t end, float* sums) {
+void repeat_range(const Batch& batch, size_t dimension_argument, size_t begin, size_t end, float* out) {
   const size_t dimension = kDimension != 0 ? kDimension : dimension_argument;
-  uint32_t next = begin;  // rows are numbered by first appearance, so the first of a row is when it is `next`
-  const uint32_t* index = batch.index.data();
-  for (size_t part = 0; part < parts.size(); ++part) {
-    const float* gradient = parts[part];
-    for (size_t p = 0; p < part_positions[part]; ++p, ++index, gradient += dimension) {
-      const uint32_t row = *index;
-      if (row < begin || row >= end) continue;  // kNoRow is never below end
-      float* __restrict sum = sums + row * dimension;
-      if (row == next) {
-        ++next;
-        std::memcpy(sum, gradient, dimension * sizeof(float));
-      } else {
-        for (size_t d = 0; d < dimension; ++d) sum[d] += gradient[d];
-      }
-    }
+  constexpr size_t kAhead = 12;
+  for (size_t p = begin; p < end; ++p) {
+    if (p + kAhead < end)
+      if (const uint32_t ahead = batch.index[p + kAhead]; ahead != Batch::kNoRow)
+        __builtin_prefetch(out + batch.first[ahead] * dimension);
+    const uint32_t row = batch.index[p];
+    float* to = out + p * dimension;
+    if (row == Batch::kNoRow)
+      std::memset(to, 0, dimension * sizeof(float));
+    else if (const size_t first = batch.first[row]; first != p)
+      std::memcpy(to, out + first * dimension, dimension * sizeof(float));
   }
-}
-
-size_t num_ranges(size_t rows, const ThreadPool& pool) { return rows < 2048 ? 1 : pool.size(); }
-
-// Ends of ranges of rows that have about as many positions each. Popular keys come early and often: rows cut into equal
-// ranges would leave most of the work to the first.
-std::vector<uint32_t> ranges_of_equal_work(const Batch& batch, size_t ranges) {
-  constexpr size_t kEvery = 61;  // positions; no divisor of a usual number of fields
-  std::vector<uint32_t> sample;
-  for (size_t p = 0; ranges > 1 && p < batch.num_positions(); p += kEvery)
-    if (batch.index[p] != Batch::kNoRow) sample.push_back(batch.index[p]);
-  std::sort(sample.begin(), sample.end());
-  std::vector<uint32_t> ends;
-  for (size_t range = 1; range < ranges; ++range)
-    ends.push_back(sample.empty() ? 0 : sample[sample.size() * range / ranges]);
-  ends.push_back(static_cast<uint32_t>(batch.num_rows()));
-  return ends;
 }
 
 }  // namespace
 
-void sum_gradients(const Batch& batch, std::span<const float* const> parts, std::span<const size_t> part_positions,
-                   size_t dimension, ThreadPool& pool, float* sums) {
-  const std::vector<uint32_t> ends = ranges_of_equal_work(batch, num_ranges(batch.num_rows(), pool));
-  pool.run(ends.size(), [&](size_t range) {
-    const uint32_t begin = range == 0 ? 0 : ends[range - 1], end = ends[range];
+void repeat_rows(const Batch& batch, size_t dimension, ThreadPool& pool, float* out) {
+  const size_t positions = batch.num_positions(), ranges = positions < 8192 ? 1 : pool.size() * 2;
+  pool.run(ranges, [&](size_t range) {
+    const size_t begin = positions * range / ranges, end = positions * (range + 1) / ranges;
     switch (dimension) {
       case 8:
-        return sum_range<8>(batch, parts, part_positions, dimension, begin, end, sums);
+        return repeat_range<8>(batch, dimension, begin, end, out);
       case 16:
-        return sum_range<16>(batch, parts, part_positions, dimension, begin, end, sums);
+        return repeat_range<16>(batch, dimension, begin, end, out);
       case 32:
-        return sum_range<32>(batch, parts, part_positions, dimension, begin, end, sums);
+        return repeat_range<32>(batch, dimension, begin, end, out);
       case 64:
-        return sum_range<64>(batch, parts, part_positions, dimension, begin, end, sums);
+        return repeat_range<64>(batch, dimension, begin, end, out);
       default:
-        return sum_range<0>(batch, parts, part_positions, dimension, begin, end, sums);
+        return repeat_range<0>(batch, dimension, begin, end, out);
     }
   });
-}
-
-std::optional<size_t> first_not_finite(const float* sums, size_t rows, size_t dimension, ThreadPool& pool) {
-  const size_t ranges = num_ranges(rows, pool);
-  std::vector<size_t> found(ranges, rows);
-  pool.run(ranges, [&](size_t range) {
-    const size_t begin = rows * range / ranges, end = rows * (range + 1) / ranges;
-    constexpr uint32_t kExponent = 0x7f800000u;
-    for (size_t r = begin; r < end; ++r) {
-      uint32_t bad = 0;
-      for (size_t d = 0; d < dimension; ++d)
-        bad |= (std::bit_cast<uint32_t>(sums[r * dimension + d]) & kExponent) == kExponent;
-      if (bad != 0) {
-        found[range] = r;
-        return;
-      }
-    }
-  });
-  const size_t least = *std::min_element(found.begin(), found.end());
-  return least < rows ? std::optional(least) : std::nullopt;
 }
 
 }  // namespace damo

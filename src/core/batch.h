@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -17,6 +18,16 @@
 #include "thread_pool.h"
 
 namespace damo {
+
+class Batch;
+
+// rows grouped by shard: order[begin[s] .. begin[s + 1]) are the rows of shard s.
+struct ShardOrder {
+  std::vector<uint32_t> order;
+  std::vector<uint32_t> begin;
+  ShardOrder(const Batch& batch, const HotTier& tier);  // all rows
+  ShardOrder(const Batch& batch, std::span<const uint32_t> rows, const HotTier& tier);
+};
 
 class Batch {
  public:
@@ -33,28 +44,17 @@ class Batch {
   size_t num_positions() const noexcept { return index.size(); }
   size_t num_rows() const noexcept { return mixed.size(); }
 
-  const void* table = nullptr;  // whose lookup made it
-  std::vector<uint64_t> mixed;  // [rows] mix_key of each distinct key, in order of first appearance
-  std::vector<uint32_t> index;  // [positions] which distinct key, or kNoRow
-  std::vector<uint32_t> first;  // [rows] position of first appearance
-  std::vector<Slot> hints;      // [rows] where the row was, or kNoSlot
-  uint64_t hints_at = kNever;   // Tiers::moves() before the first hint was noted
+  const void* table = nullptr;                 // whose lookup made it
+  std::vector<uint64_t> mixed;                 // [rows] mix_key of each distinct key, in order of first appearance
+  std::vector<uint32_t> index;                 // [positions] which distinct key, or kNoRow
+  std::vector<uint32_t> first;                 // [rows] position of first appearance
+  std::vector<Slot> hints;                     // [rows] where the row was, or kNoSlot
+  std::shared_ptr<const ShardOrder> by_shard;  // all rows, once a lookup needed that
+  uint64_t hints_at = kNever;                  // Tiers::moves() before the first hint was noted
 };
 
-// rows grouped by shard: order[begin[s] .. begin[s + 1]) are the rows of shard s.
-struct ShardOrder {
-  std::vector<uint32_t> order;
-  std::vector<uint32_t> begin;
-  ShardOrder(const Batch& batch, const HotTier& tier);  // all rows
-  ShardOrder(const Batch& batch, std::span<const uint32_t> rows, const HotTier& tier);
-};
-
-// Adds gradients[position] to sums[index[position]] in order of appearance, in float32, whatever the number of
-// threads. `sums` is [rows, dimension], need not be zeroed. Each part is one batch's positions in the index of `batch`.
-void sum_gradients(const Batch& batch, std::span<const float* const> parts, std::span<const size_t> part_positions,
-                   size_t dimension, ThreadPool& pool, float* sums);
-
-// The first row of `sums` that holds NaN or infinity.
-std::optional<size_t> first_not_finite(const float* sums, size_t rows, size_t dimension, ThreadPool& pool);
+// `out` is [positions, dimension] and has every row at the position of its first appearance: copies it to the others.
+// Padding positions become zeros.
+void repeat_rows(const Batch& batch, size_t dimension, ThreadPool& pool, float* out);
 
 }  // namespace damo

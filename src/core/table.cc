@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "error.h"
+#include "gradient_sums.h"
 #include "planted.h"
 #include "storage.h"
 
@@ -107,22 +108,7 @@ double Table::rate_at(const char* operation, uint64_t step) const {
 
 // ------------------------------------------------------------------ lookup
 
-void Table::expand(const Batch& batch, float* out) const {
-  const size_t dimension = spec().dimension, bytes = dimension * sizeof(float);
-  const size_t positions = batch.num_positions();
-  const size_t ranges = positions < 8192 ? 1 : storage_.pool_->size();
-  storage_.pool_->run(ranges, [&](size_t range) {
-    const size_t end = positions * (range + 1) / ranges;
-    for (size_t p = positions * range / ranges; p < end; ++p) {
-      const uint32_t row = batch.index[p];
-      float* to = out + p * dimension;
-      if (row == Batch::kNoRow)
-        std::memset(to, 0, bytes);
-      else if (batch.first[row] != p)
-        std::memcpy(to, out + batch.first[row] * dimension, bytes);
-    }
-  });
-}
+void Table::expand(const Batch& batch, float* out) const { repeat_rows(batch, spec().dimension, *storage_.pool_, out); }
 
 std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out, bool insert, bool zeros,
                                      std::optional<uint64_t> padding) {
@@ -141,7 +127,8 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
     else
       shape_.first_weights(batch->mixed[r], to);
   };
-  Tiers::HotRead read = tiers.read_hot(shape_, expiry, *batch, ShardOrder(*batch, tiers.hot()), out, insert);
+  batch->by_shard = std::make_shared<const ShardOrder>(*batch, tiers.hot());
+  Tiers::HotRead read = tiers.read_hot(shape_, expiry, *batch, *batch->by_shard, out, insert);
   if (insert) {
     // All in one record, so that after a crash the lookup made all of its rows or none.
     std::vector<uint32_t> fresh = std::move(read.gone);

@@ -521,7 +521,10 @@ void Tiers::apply(const TableShape& shape, const Batch& batch, std::span<const u
                   const Optimizer& optimizer, const StepNumbers& numbers, const float* sums, uint64_t sequence,
                   uint64_t group_step, int64_t time) {
   const size_t dimension = shape.spec.dimension;
-  const ShardOrder order(batch, rows, hot_);
+  const std::shared_ptr<const ShardOrder> by_shard = batch.by_shard && rows.size() == batch.num_rows()
+                                                         ? batch.by_shard
+                                                         : std::make_shared<const ShardOrder>(batch, rows, hot_);
+  const ShardOrder& order = *by_shard;
   const size_t shards = hot_.num_shards();
   const size_t ranges = rows.size() < 512 ? 1 : std::min(shards, pool_.size() * 2);
   std::vector<DisplacedRows> displaced(ranges);

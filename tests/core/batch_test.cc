@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "format.h"
+#include "gradient_sums.h"
 
 namespace damo {
 namespace {
@@ -92,6 +93,26 @@ TEST_CASE("batch: agrees with a map for any share of repeats, keys that share ha
     CHECK(batch.num_rows() == rows.size());
     CHECK(batch.first.size() == rows.size());
     CHECK(batch.hints.size() == rows.size());
+  }
+}
+
+TEST_CASE("batch: every position gets its row's first floats, padding zeros, for every thread count and dimension") {
+  for (const size_t dimension : {1, 8, 16, 32, 64, 5}) {
+    const std::vector<uint64_t> keys = random_keys(9001, 700, dimension);
+    const Batch batch(keys, uint64_t{0});
+    const std::vector<float> rows = random_floats(batch.num_rows() * dimension, dimension);
+    std::vector<float> expected(keys.size() * dimension, 0.0f), begun(expected.size(), 7.0f);
+    for (size_t p = 0; p < keys.size(); ++p)
+      if (batch.index[p] != Batch::kNoRow)
+        std::copy_n(rows.data() + batch.index[p] * dimension, dimension, expected.data() + p * dimension);
+    for (uint32_t r = 0; r < batch.num_rows(); ++r)
+      std::copy_n(rows.data() + r * dimension, dimension, begun.data() + batch.first[r] * dimension);
+    for (const size_t threads : {1, 3}) {
+      ThreadPool pool(threads);
+      std::vector<float> out = begun;
+      repeat_rows(batch, dimension, pool, out.data());
+      CHECK(same_bits(out, expected));
+    }
   }
 }
 
