@@ -22,7 +22,7 @@ class MovieLensSettings:
 class StreamSettings:
     """Events of two ids. Few ids come often and most come rarely, as everywhere where people click."""
 
-    steps: int = 280
+    steps: int = 240
     batch: int = 16384
     visitors: int = 30_000_000
     visitor_exponent: float = 1.0
@@ -47,9 +47,9 @@ class Settings:
     price_visitors: int = 60_000  # so few that every row stays in memory
     price_ads: int = 20_000
     price_memory: str = "256MiB"
-    price_seconds: float = 3.0
+    price_seconds: float = 2.0
     price_rounds: int = 2
-    kill_steps: int = 24
+    kill_steps: int = 16
 
 
 FULL = Settings()
