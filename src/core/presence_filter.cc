@@ -14,7 +14,7 @@ namespace damo {
 namespace {
 
 constexpr std::string_view kMagic = "DAMOPRES";
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kPresenceVersion = 1;
 constexpr int kBitsPerKey = 6;
 constexpr size_t kPieceBytes = size_t{1} << 18;
 __extension__ using Wide = unsigned __int128;
@@ -55,7 +55,7 @@ void PresenceFilter::save(const std::filesystem::path& file, uint64_t sequence) 
     FileDescriptor out("save the presence filter", staged, O_WRONLY | O_CREAT | O_TRUNC);
     std::string piece(kMagic);
     ByteWriter writer(piece);
-    writer.put(kVersion);
+    writer.put(kPresenceVersion);
     writer.put(uint32_t{0});
     writer.put(sequence);
     writer.put(static_cast<uint64_t>(num_blocks_));
@@ -99,7 +99,7 @@ bool PresenceFilter::load(const std::filesystem::path& file, uint64_t oldest_seq
           const auto version = reader.get<uint32_t>();
           reader.get<uint32_t>();
           const auto sequence = reader.get<uint64_t>();
-          if (version != kVersion || sequence < oldest_sequence || reader.get<uint64_t>() != num_blocks_) return false;
+          if (version != kPresenceVersion || sequence < oldest_sequence || reader.get<uint64_t>() != num_blocks_) return false;
         }
         if (!add) continue;
         const size_t skip = at == 0 ? head : 0;
