@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job of this project, shown on real data and at scale. `examples/demo.py` runs the parts in order.
 
-Each part is a module whose `run` starts its `work` in processes of their own (`runner`, `__main__`), and
+Each part is a module whose `run` starts its `work` in processes of their own (`runner`, `part`, `preload`), and
 puts all that was measured into a folder of the output directory. It prints nothing: `summary` and `report` say it to
 people, and `scripts/recompute` computes it once more.
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A part of the demo as a process: `python -m demo PART DIRECTORY quick|full OPTIONS`, started by `runner`."""
+"""A part of the demo in a process of its own, forked by `runner` from one that has imported everything already."""
 
 from __future__ import annotations
 
-import json
+import os
 import signal
 import sys
 from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from demo.progress import Progress
 
@@ -19,16 +21,12 @@ def interrupt_once(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def main() -> None:
+def run(name: str, directory: Path, quick: bool, options: dict[str, Any], channel: Connection) -> None:
     signal.signal(signal.SIGINT, interrupt_once)
-    part, directory, size, options = sys.argv[1:]
-    progress = Progress()
+    os.dup2(2, 1)  # what libraries print is not for the demo's standard output
+    progress = Progress(channel)
     try:
-        work = import_module(f"demo.{part}").work
-        progress.result(work(Path(directory), size == "quick", json.loads(options), progress))
+        work = import_module(f"demo.{name}").work
+        progress.result(work(directory, quick, options, progress))
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
