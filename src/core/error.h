@@ -35,6 +35,13 @@ class StorageError : public Error {
   using Error::Error;
 };
 
+// No space on the disk, or within its quota: nothing was changed, and the same may go well once there is space again.
+// For users a StorageError.
+class DiskFullError : public StorageError {
+ public:
+  using StorageError::StorageError;
+};
+
 class ClosedError : public Error {
  public:
   using Error::Error;

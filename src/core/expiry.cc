@@ -311,6 +311,7 @@ void Storage::disk_loop() {
       if (written_before_.exchange(written) != written) log_shrunk_.notify_all();
       if (full) keep_within_disk();
     } catch (const ClosedError&) {
+    } catch (const DiskFullError&) {  // at the next look there may be space
     } catch (...) {
       tiers_->fail(std::current_exception());
       break;

@@ -64,6 +64,7 @@ void throw_system_error(std::string_view operation, const std::filesystem::path&
   const std::string message =
       "[" + std::string(operation) + "] " + path.string() + ": " + std::generic_category().message(error);
   if (error == ENOENT || error == ENOTDIR) throw MissingFileError(message);
+  if (error == ENOSPC || error == EDQUOT) throw DiskFullError(message);
   throw StorageError(message);
 }
 

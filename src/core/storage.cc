@@ -21,6 +21,7 @@ namespace fs = std::filesystem;
 
 constexpr size_t kMaxQueuedPrefetches = 4;
 constexpr std::chrono::milliseconds kLookAgain{100};
+constexpr std::chrono::seconds kLookForSpace{1};
 constexpr size_t kPrefetchRows = 256;  // that memory is waited for at a time
 
 // The budget, divided. What is left for rows and their index is the rest.
@@ -84,7 +85,12 @@ std::unique_lock<std::mutex> Storage::begin_operation() {
   {
     std::unique_lock lock(background_mutex_);
     // The log is cut in the background; twice its bound is where operations wait for that.
-    while (!stop_ && (log_full_ || waits_for_disk())) log_shrunk_.wait_for(lock, kLookAgain);
+    const uint64_t no_space_before = no_space_times_;
+    while (!stop_ && (log_full_ || waits_for_disk())) {
+      if (log_full_ && no_space_times_ != no_space_before) std::rethrow_exception(no_space_);
+      if (log_full_ && !std::exchange(space_wanted_, true)) background_wake_.notify_all();
+      log_shrunk_.wait_for(lock, kLookAgain);
+    }
   }
   std::unique_lock order(order_);
   check_writable();
@@ -614,15 +620,23 @@ void Storage::maintenance_loop() {
     if (stop_) return;
     lock.unlock();
     bool failed = false;
+    std::exception_ptr no_space;
     try {
       cut_at = cut_log();
+    } catch (const DiskFullError&) {
+      // The log is as it was, and goes on to twice its bound. The cut is tried again: soon, or when somebody needs it.
+      no_space = std::current_exception();
     } catch (...) {
       tiers_->fail(std::current_exception());
       failed = true;
     }
     lock.lock();
-    log_full_ = false;
+    no_space_ = no_space;
+    if (no_space) ++no_space_times_;
+    log_full_ = no_space && log_->bytes() > 2 * log_limit_;
+    space_wanted_ = false;
     log_shrunk_.notify_all();
+    if (no_space) background_wake_.wait_for(lock, kLookForSpace, [this] { return stop_ || space_wanted_; });
     if (failed) {
       background_wake_.wait(lock, [this] { return stop_; });
       return;

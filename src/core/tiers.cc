@@ -222,8 +222,10 @@ size_t Tiers::allocate(size_t slot_bytes, size_t count, std::vector<Slot>& out) 
 
 void Tiers::wait_for_slots(size_t slot_bytes, size_t count) {
   std::unique_lock lock(structure_);
+  const uint64_t no_space_before = no_space_times_;
   while (hot_.available(slot_bytes) < count) {
     throw_if_failed();
+    if (no_space_times_ != no_space_before) std::rethrow_exception(no_space_);
     if (stop_) throw ClosedError("[storage] it was closed while an operation waited for memory");
     size_t& wanted = demand_[slot_bytes];
     wanted = std::max({wanted, count, high_water(slot_bytes)});
@@ -789,6 +791,15 @@ void Tiers::evict_loop() {
     lock.unlock();
     try {
       evict_some(slot_bytes, target);
+    } catch (const DiskFullError&) {
+      // Its rows stay in memory, changed as they are. Who waits for memory gets the error; who needs some later makes
+      // the next attempt.
+      lock.lock();
+      no_space_ = std::current_exception();
+      ++no_space_times_;
+      demand_.clear();
+      slots_freed_.notify_all();
+      continue;
     } catch (...) {
       fail(std::current_exception());
       lock.lock();

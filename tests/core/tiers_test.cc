@@ -22,7 +22,7 @@ namespace {
 // The memory store, with what a test wants to go wrong.
 class FaultyStore final : public Store {
  public:
-  std::atomic<bool> fail_reads{false}, fail_writes{false};
+  std::atomic<bool> fail_reads{false}, fail_writes{false}, full{false};
   mutable std::atomic<uint64_t> keys_asked{0};
   std::function<void()> before_commit, after_read;  // set while nobody reads or writes
 
@@ -47,7 +47,8 @@ class FaultyStore final : public Store {
     void erase(const StoredKey& key) override { inner->erase(key); }
     void commit() override {
       if (store.before_commit) store.before_commit();
-      if (store.fail_writes) throw StorageError("[write] the disk is full");
+      if (store.fail_writes) throw StorageError("[write] the disk is broken");
+      if (store.full) throw DiskFullError("[write] the disk is full");
       inner->commit();
     }
     FaultyStore& store;
@@ -410,7 +411,7 @@ TEST_CASE("tiers: a cut that fails leaves everything as it was, and the next one
   h.erase(1, range(0, 10));
   const Model before = h.model;
   h.store.fail_writes = true;
-  CHECK_THROWS_WITH_AS(h.cut(), "[write] the disk is full", StorageError);
+  CHECK_THROWS_WITH_AS(h.cut(), "[write] the disk is broken", StorageError);
   CHECK(h.lookups_agree(1, range(0, 2000), false));
   CHECK(h.snapshot_is(*h.store.snapshot(), {}));
   h.apply(1, range(0, 100));
@@ -430,14 +431,38 @@ TEST_CASE(
       [&] {
         for (uint64_t i = 0; i < 100; ++i) h.apply(1, range(5000 + i * 1000, 6000 + i * 1000));
       }(),
-      "[write] the disk is full", StorageError);
-  CHECK_THROWS_WITH_AS(h.apply(1, {1}), "[write] the disk is full", StorageError);
-  CHECK_THROWS_WITH_AS(h.tiers.throw_if_failed(), "[write] the disk is full", StorageError);
+      "[write] the disk is broken", StorageError);
+  CHECK_THROWS_WITH_AS(h.apply(1, {1}), "[write] the disk is broken", StorageError);
+  CHECK_THROWS_WITH_AS(h.tiers.throw_if_failed(), "[write] the disk is broken", StorageError);
   h.store.fail_writes = false;  // it stays latched all the same
   CHECK_THROWS_AS(h.apply(1, {1}), StorageError);
   // Nothing was lost: what is in memory, and what is below.
   CHECK(h.lookups_agree(1, range(0, 20000), false));
   CHECK(h.lookups_agree(1, range(0, 20000), true));
+}
+
+TEST_CASE(
+    "tiers: while the disk is full, operations that need memory fail and lookups go on; with space, all goes on") {
+  Harness h;
+  h.tiers.presence().set_complete();
+  h.apply(1, range(0, 2000));
+  h.cut();
+  for (int round = 0; round < 3; ++round) {
+    h.store.full = true;
+    CHECK_THROWS_WITH_AS(
+        [&] {
+          for (uint64_t i = 0; i < 100; ++i) h.apply(1, range(5000 + i * 1000, 6000 + i * 1000));
+        }(),
+        "[write] the disk is full", DiskFullError);
+    CHECK_THROWS_AS(h.cut(), DiskFullError);
+    CHECK(h.lookups_agree(1, range(0, 20000), false));
+    h.store.full = false;
+    for (uint64_t i = 0; i < 20; ++i) h.apply(1, range(200000 + i * 1000, 201000 + i * 1000));
+    CHECK(h.lookups_agree(1, range(0, 20000), round % 2 == 0));
+  }
+  CHECK(h.lookups_agree(1, range(200000, 220000), false));
+  const auto [model, snapshot] = h.cut();
+  CHECK(h.snapshot_is(*snapshot, model));
 }
 
 TEST_CASE("tiers: a failed read is an error, never an absent key, and changes nothing") {

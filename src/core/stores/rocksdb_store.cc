@@ -90,6 +90,7 @@ void check(std::string_view operation, const fs::path& directory, const rocksdb:
   if (status.ok()) return;
   const std::string message = "[" + std::string(operation) + "] " + directory.string() + ": " + status.ToString();
   if (status.IsCorruption()) throw CorruptionError(message);
+  if (status.IsNoSpace()) throw DiskFullError(message);
   throw StorageError(message);
 }
 
@@ -442,6 +443,7 @@ class RocksdbWriter final : public StoreWriter {
     write([&] {
       finish_file("commit");
       wait_for_compaction();
+      ingesting_ = true;
       ingest();
     });
     engine_->keys_written += num_keys_;
@@ -454,7 +456,8 @@ class RocksdbWriter final : public StoreWriter {
     if (committed_) throw std::invalid_argument("[" + std::string(operation) + "] this batch is committed already");
   }
 
-  // Runs `change`; what it throws is the store's first failed write, unless another was.
+  // Runs `change`; what it throws is the store's first failed write, unless another was. Not so a full disk before
+  // RocksDB has heard of the files: the writer takes them away, and the next one may find space.
   template <class Change>
   void write(Change change) {
     engine_->write_state->rethrow_latched();
@@ -462,6 +465,9 @@ class RocksdbWriter final : public StoreWriter {
     try {
       change();
     } catch (const ClosedError&) {
+      throw;
+    } catch (const DiskFullError&) {
+      if (ingesting_) engine_->write_state->latch(std::current_exception());
       throw;
     } catch (...) {
       engine_->write_state->latch(std::current_exception());
@@ -547,7 +553,7 @@ class RocksdbWriter final : public StoreWriter {
   rocksdb::IngestExternalFileArg files_;
   StoredKey last_{};
   uint64_t num_keys_ = 0, num_bytes_ = 0;
-  bool committed_ = false;
+  bool committed_ = false, ingesting_ = false;
 };
 
 // --------------------------------------------------------- snapshot, scans

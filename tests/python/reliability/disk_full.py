@@ -20,7 +20,7 @@ class DiskFull(ServedSuite):
     name = "disk-full"
     title = "disk full at every 4 KB step of a small tmpfs, then space again"
     promise = (
-        "StorageError with nothing half applied; reads go on; with space, and after reopening if need be, all does"
+        "StorageError with nothing half applied; reads go on; with space the same handle does, or says to reopen"
     )
     unit = "full disks"
     small = 30
