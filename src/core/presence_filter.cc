@@ -99,7 +99,8 @@ bool PresenceFilter::load(const std::filesystem::path& file, uint64_t oldest_seq
           const auto version = reader.get<uint32_t>();
           reader.get<uint32_t>();
           const auto sequence = reader.get<uint64_t>();
-          if (version != kPresenceVersion || sequence < oldest_sequence || reader.get<uint64_t>() != num_blocks_) return false;
+          if (version != kPresenceVersion || sequence < oldest_sequence || reader.get<uint64_t>() != num_blocks_)
+            return false;
         }
         if (!add) continue;
         const size_t skip = at == 0 ? head : 0;
