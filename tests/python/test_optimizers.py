@@ -31,7 +31,7 @@ from damo_embedding.optimizers import (
     RMSprop,
     RowWiseAdagrad,
 )
-from optimizer_agreement import compare, relative
+from optimizer_agreement import DIMENSION, KEYS, compare, relative
 from optimizer_cases import CASES, VARIED
 
 Floats = npt.NDArray[np.float32]
@@ -230,6 +230,14 @@ def test_a_thousand_random_steps_agree_with_torch_or_the_paper_to_1e_5(storage: 
     assert (agreement.state is not None) == has_state
 
 
+def test_rows_are_compared_that_were_in_each_of_the_thousand_steps(storage: de.Storage) -> None:
+    compare(storage, SGD(), group=0)
+    rows = de.Embedding(storage, SGD(), de.Normal(), DIMENSION, 0)
+    counts = [rows.inspect(int(key)).update_count for key in KEYS]  # type: ignore[union-attr]
+    assert counts[:2] == [1000, 1000]
+    assert 300 < counts[2] < 500
+
+
 def test_the_measure_of_agreement_sees_what_differs() -> None:
     theirs = np.array([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0]])
     ours = theirs.astype(np.float32)
@@ -238,6 +246,7 @@ def test_the_measure_of_agreement_sees_what_differs() -> None:
     assert relative(ours, theirs) == pytest.approx(1.0)
     ours[0] = [1.0, 0.56, 0.0]
     assert relative(ours, theirs) == pytest.approx(0.1)
+    assert relative(ours, theirs, share=0.0) == pytest.approx(0.12)
     ours[1, 0] = 1e-30  # beside a row of zeros nothing is small
     assert relative(ours, theirs) > 0.0
 
