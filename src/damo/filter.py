@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
-import threading
-import weakref
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import damo_embedding as de
+from damo.open_once import Held, OpenOnce
 from damo.parameters import Parameters, refuse_others, values_of
 from damo_embedding.keys import Keys
 from damo_embedding.storage import parse_path
@@ -81,35 +78,38 @@ class _OpenFilter:
 
     def __init__(self, path: str, settings: dict[str, Any], reload: bool) -> None:
         self.settings = settings
-        self.filter = de.CountingBloomFilter(path=path, reload=reload, **settings)
+        self.held = Held(de.CountingBloomFilter(path=path, reload=reload, **settings))
         self.lock_file = _identity(path)
 
     def is_there(self, path: str) -> bool:
         return not self.filter.closed and os.path.exists(path) and _identity(path) == self.lock_file
 
-    def close(self) -> None:
-        self.filter.close()
+    @property
+    def filter(self) -> de.CountingBloomFilter:
+        return self.held.opened
+
+    def forget_locks(self) -> None:
+        """It has none of its own."""
 
 
-_lock = threading.Lock()
-_open: weakref.WeakValueDictionary[str, _OpenFilter] = weakref.WeakValueDictionary()
+_open: OpenOnce[_OpenFilter] = OpenOnce()
 
 
 def _open_filter(path: str, settings: dict[str, Any], reload: bool) -> _OpenFilter:
     """The filter at `path`, opened or shared."""
     real = os.path.realpath(path)
-    with _lock:
-        shared = _open.get(real)
+    with _open.lock:
+        shared = _open.find(real)
         if shared is not None and not shared.is_there(real):
-            with contextlib.suppress(de.DamoError):
-                shared.close()
+            _open.close(real)
             shared = None
         if shared is None:
-            shared = _open[real] = _OpenFilter(real, settings, reload)
+            shared = _OpenFilter(real, settings, reload)
+            _open.add(real, shared, shared.held)
         elif not reload:
             de.CountingBloomFilter(**settings)  # refuses what is out of range while the old one is still open
-            shared.close()
-            shared.filter = de.CountingBloomFilter(path=real, reload=False, **settings)
+            shared.held.close()
+            shared.held.opened = de.CountingBloomFilter(path=real, reload=False, **settings)
             shared.settings = settings
         elif shared.settings != settings:
             raise de.SchemaMismatchError(
@@ -142,19 +142,3 @@ def _default_path() -> str:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise de.StorageError(f"[PyFilter] there is no place for its file, give a path: {error}") from error
     return str(folder / "counting-bloom-filter")
-
-
-def _close_all() -> None:
-    with contextlib.ExitStack() as stack:  # all of them, even if one fails
-        for shared in list(_open.values()):
-            stack.callback(shared.close)
-
-
-def _forget_all() -> None:
-    global _lock
-    _lock = threading.Lock()
-    _open.clear()  # they are the parent's
-
-
-atexit.register(_close_all)
-os.register_at_fork(after_in_child=_forget_all)

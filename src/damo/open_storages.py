@@ -2,12 +2,11 @@
 """The directories that are open in this process, each once, however often a script opens it.
 
 There is no `close` in this API. A directory is closed with the last object that uses it, or when the interpreter
-exits. Whoever opens it again before that shares it.
+exits. Whoever opens it again before that shares it; who opens it while another thread closes it waits for that.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 import os
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 import damo_embedding as de
 from damo.initializer import stored_initializer
+from damo.open_once import Held, OpenOnce
 from damo_embedding import _core
 
 __all__ = ["Group", "OpenStorage", "open_storage"]
@@ -50,7 +50,7 @@ class OpenStorage:
         self._path = path
         self._ttl = ttl
         self._groups: dict[int, Group] = {}
-        self._storage = de.Storage(path, **self._options())
+        self.held = Held(de.Storage(path, **self._options()))
         self._lock_file = _identity(path)
         held = self._storage.stats()["clock_held_seconds"]
         if held > 0:
@@ -60,6 +60,10 @@ class OpenStorage:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+    @property
+    def _storage(self) -> de.Storage:
+        return self.held.opened
 
     def _options(self) -> dict[str, Any]:
         return {"memory": os.environ.get("DAMO_MEMORY", "1GiB"), "ttl": self._ttl}
@@ -141,10 +145,6 @@ class OpenStorage:
         """Whether its directory is still the one that was opened."""
         return _identity(self._path) == self._lock_file
 
-    def close(self) -> None:
-        """Closes it for good: at the exit of the interpreter, or when its directory was removed."""
-        self._storage.close()
-
     def _close(self) -> None:
         with contextlib.suppress(de.StorageError):  # what could not be written is in the log
             self._storage.close()
@@ -166,7 +166,7 @@ class OpenStorage:
             raise
         for number, group in self._groups.items():
             group.rows = rows[number]
-        self._storage = storage  # last: `run` takes it for the sign that all is ready
+        self.held.opened = storage  # last: `run` takes it for the sign that all is ready
 
     @staticmethod
     def _rows(storage: de.Storage, group: Group) -> de.Embedding:
@@ -186,25 +186,24 @@ class OpenStorage:
 
 
 def _without_rate(optimizer: Any) -> object:
-    return replace(optimizer, lr=0.0)
+    return replace(optimizer, lr=1.0)  # any rate will do
 
 
-_lock = threading.Lock()
-_open: weakref.WeakValueDictionary[str, OpenStorage] = weakref.WeakValueDictionary()
+_open: OpenOnce[OpenStorage] = OpenOnce()
 
 
 def open_storage(path: str, ttl: int | str) -> OpenStorage:
     """The storage at `path`, opened or shared; `ttl` counts from now on."""
     real = os.path.realpath(path)
-    with _lock:
-        shared = _open.get(real)
+    with _open.lock:
+        shared = _open.find(real)
         if shared is not None and not shared.is_there():
-            with contextlib.suppress(de.DamoError):
-                shared.close()
+            _open.close(real)
             shared = None
         if shared is None:
             _expect_ours(real)
-            shared = _open[real] = OpenStorage(real, ttl)
+            shared = OpenStorage(real, ttl)
+            _open.add(real, shared, shared.held)
             return shared
     shared.set_ttl(ttl)
     return shared
@@ -227,21 +226,3 @@ def _expect_ours(path: str) -> None:
                 f"[PyStorage] {path} was made by another program with RocksDB: give an empty or absent directory, and"
                 " bring the rows over with a dump (docs/damo.md)"
             )
-
-
-def _close_all() -> None:
-    with contextlib.ExitStack() as stack:  # all of them, even if one fails
-        for shared in list(_open.values()):
-            stack.callback(shared.close)
-
-
-def _forget_all() -> None:
-    global _lock
-    _lock = threading.Lock()
-    for shared in list(_open.values()):
-        shared.forget_locks()
-    _open.clear()  # they are the parent's
-
-
-atexit.register(_close_all)
-os.register_at_fork(after_in_child=_forget_all)

@@ -271,7 +271,7 @@ _SCHEDULES = (
 )
 
 
-def _learning_rate(owner: str, name: str, value: object) -> LearningRate:
+def _learning_rate(owner: str, name: str, value: object, lowest: float = 0.0) -> LearningRate:
     """A number in range as a float; a schedule or a function as it is. A class is neither."""
     if callable(value) and not isinstance(value, type):
         return cast(Callable[[int], float], value)
@@ -280,7 +280,7 @@ def _learning_rate(owner: str, name: str, value: object) -> LearningRate:
             f"[{owner}] {name} is {value!r} ({type(value).__name__}), "
             "expected a number, a schedule or a function of the step"
         )
-    return _number(owner, name, value, 0.0, _MAX_FLOAT)
+    return _number(owner, name, value, lowest, _MAX_FLOAT)
 
 
 def _is_the_core_s(lr: LearningRate) -> TypeGuard[Schedule]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far rows are from those of PyTorch's optimizers after 1,000 random steps.
 
-Every optimizer of optimizer_cases.py trains three rows of a storage, some of them in each step, beside what it follows:
+Every optimizer of optimizer_cases.py trains three rows of a storage, two of them in every step, beside what it follows:
 torch.optim's optimizer, one for each row, or SparseAdam on the table; for those that torch.optim does not have, the
-formulas of their papers in doubles.
+formulas of their papers in doubles. Lion's is in float32, as torch's are: each of its steps is as long as the first, so
+the roundings of a thousand add up, and in float32 it is about 1.2e-5 from itself in doubles.
 
     scripts/agreement       prints the table that docs/optimizers.md quotes
 """
@@ -22,13 +23,16 @@ from optimizer_cases import CASES
 
 ROWS, DIMENSION, STEPS = 3, 16, 1_000
 KEYS = np.array([7, -1, 1 << 40])
+CHANCES = np.array([1.0, 1.0, 0.4])  # of a row to be in a step
 
 Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
+Numbers = npt.NDArray[Any]  # float32 or float64
 
 
 class Peer(Protocol):
     """The same rows in somebody else's hands."""
+
+    dtype: np.dtype[Any]
 
     def update(self, rows: npt.NDArray[np.int64], gradients: Floats) -> None: ...
 
@@ -45,9 +49,10 @@ class Peer(Protocol):
 class TorchRows:
     """A parameter and an optimizer for each row: a row without a gradient does not move."""
 
-    def __init__(self, name: str, arguments: dict[str, Any], first: Floats) -> None:
+    def __init__(self, name: str, arguments: dict[str, Any], first: npt.NDArray[Any]) -> None:
         import torch
 
+        self.dtype = first.dtype
         self.parameters = [torch.nn.Parameter(torch.from_numpy(row.copy())) for row in first]
         self.optimizers = [getattr(torch.optim, name)([parameter], **arguments) for parameter in self.parameters]
 
@@ -55,7 +60,7 @@ class TorchRows:
         import torch
 
         for row, gradient in zip(rows, gradients, strict=True):
-            self.parameters[row].grad = torch.from_numpy(gradient)
+            self.parameters[row].grad = torch.from_numpy(gradient.astype(self.dtype))
             self.optimizers[row].step()
 
     def weights(self) -> npt.NDArray[Any]:
@@ -69,9 +74,10 @@ class TorchRows:
 class TorchSparseAdam:
     """One parameter with sparse gradients."""
 
-    def __init__(self, arguments: dict[str, Any], first: Floats) -> None:
+    def __init__(self, arguments: dict[str, Any], first: npt.NDArray[Any]) -> None:
         import torch
 
+        self.dtype = first.dtype
         self.parameter = torch.nn.Parameter(torch.from_numpy(first.copy()))
         self.optimizer = torch.optim.SparseAdam([self.parameter], **arguments)
 
@@ -79,7 +85,10 @@ class TorchSparseAdam:
         import torch
 
         self.parameter.grad = torch.sparse_coo_tensor(
-            rows[np.newaxis], torch.from_numpy(gradients), self.parameter.shape, check_invariants=True
+            rows[np.newaxis],
+            torch.from_numpy(gradients.astype(self.dtype)),
+            self.parameter.shape,
+            check_invariants=True,
         )
         self.optimizer.step()
 
@@ -94,25 +103,26 @@ class TorchSparseAdam:
 
 
 class PaperRows:
-    """Rows in doubles; `step` is the paper's update of some of them."""
+    """Rows in the type of the first weights; `step` is the paper's update of some of them."""
 
     entries: tuple[str, ...] = ()
     width = DIMENSION
 
-    def __init__(self, arguments: dict[str, Any], first: Floats) -> None:
+    def __init__(self, arguments: dict[str, Any], first: npt.NDArray[Any]) -> None:
         self.a = arguments
-        self.w = first.astype(np.float64)
-        self.blocks = {entry: np.zeros((ROWS, self.width)) for entry in self.entries}
-        self.count = np.zeros((ROWS, 1))
+        self.dtype = first.dtype
+        self.w = first.copy()
+        self.blocks = {entry: np.zeros((ROWS, self.width), self.dtype) for entry in self.entries}
+        self.count = np.zeros((ROWS, 1), self.dtype)
 
     def update(self, rows: npt.NDArray[np.int64], gradients: Floats) -> None:
         self.count[rows] += 1
         blocks = {entry: block[rows] for entry, block in self.blocks.items()}
-        self.w[rows] = self.step(self.w[rows], gradients.astype(np.float64), blocks, self.count[rows])
+        self.w[rows] = self.step(self.w[rows], gradients.astype(self.dtype), blocks, self.count[rows])
         for entry, block in blocks.items():
             self.blocks[entry][rows] = block
 
-    def step(self, w: Doubles, g: Doubles, blocks: dict[str, Doubles], count: Doubles) -> Doubles:
+    def step(self, w: Numbers, g: Numbers, blocks: dict[str, Numbers], count: Numbers) -> Numbers:
         raise NotImplementedError
 
     def weights(self) -> npt.NDArray[Any]:
@@ -128,11 +138,11 @@ class PaperRowWiseAdagrad(PaperRows):
     entries = ("sum",)
     width = 1
 
-    def __init__(self, arguments: dict[str, Any], first: Floats) -> None:
+    def __init__(self, arguments: dict[str, Any], first: npt.NDArray[Any]) -> None:
         super().__init__(arguments, first)
         self.blocks["sum"] += self.a["initial_accumulator_value"]
 
-    def step(self, w: Doubles, g: Doubles, blocks: dict[str, Doubles], count: Doubles) -> Doubles:
+    def step(self, w: Numbers, g: Numbers, blocks: dict[str, Numbers], count: Numbers) -> Numbers:
         g = g + self.a["weight_decay"] * w
         blocks["sum"] += (g**2).mean(axis=1, keepdims=True)
         rate = self.a["lr"] / (1 + (count - 1) * self.a["lr_decay"])
@@ -144,7 +154,7 @@ class PaperLion(PaperRows):
 
     entries = ("exp_avg",)
 
-    def step(self, w: Doubles, g: Doubles, blocks: dict[str, Doubles], count: Doubles) -> Doubles:
+    def step(self, w: Numbers, g: Numbers, blocks: dict[str, Numbers], count: Numbers) -> Numbers:
         (beta1, beta2), m = self.a["betas"], blocks["exp_avg"]
         update = np.sign(beta1 * m + (1 - beta1) * g)
         m[...] = beta2 * m + (1 - beta2) * g
@@ -156,7 +166,7 @@ class PaperFTRL(PaperRows):
 
     entries = ("z", "n")
 
-    def step(self, w: Doubles, g: Doubles, blocks: dict[str, Doubles], count: Doubles) -> Doubles:
+    def step(self, w: Numbers, g: Numbers, blocks: dict[str, Numbers], count: Numbers) -> Numbers:
         alpha, beta, lambda1, lambda2 = (self.a[name] for name in ("lr", "beta", "lambda1", "lambda2"))
         z, n = blocks["z"], blocks["n"]
         sigma = (np.sqrt(n + g**2) - np.sqrt(n)) / alpha
@@ -166,13 +176,15 @@ class PaperFTRL(PaperRows):
         return np.where(np.abs(z) <= lambda1, 0.0, weights)
 
 
-def peer_of(optimizer: Any, first: Floats) -> tuple[str, Peer]:
-    """What an optimizer follows, with the same arguments."""
+def peer_of(optimizer: Any, first: npt.NDArray[Any]) -> tuple[str, Peer]:
+    """What an optimizer follows, with the same arguments; most go on in the type of the first weights."""
     arguments = {field.name: getattr(optimizer, field.name) for field in dataclasses.fields(optimizer)}
     name = type(optimizer).__name__
     if name in ("RowWiseAdagrad", "Lion", "FTRL"):
         paper = {"RowWiseAdagrad": PaperRowWiseAdagrad, "Lion": PaperLion, "FTRL": PaperFTRL}[name]
-        return "the paper's formula in NumPy, in doubles", paper(arguments, first)
+        if name == "Lion":
+            return "the paper's formula in NumPy, in float32", paper(arguments, first)
+        return "the paper's formula in NumPy, in doubles", paper(arguments, first.astype(np.float64))
     if name == "Adam" and arguments.pop("bias_correction") == "global":
         assert arguments.pop("weight_decay") == 0.0  # it has none
         return "`torch.optim.SparseAdam`", TorchSparseAdam(arguments, first)
@@ -184,13 +196,14 @@ def peer_of(optimizer: Any, first: Floats) -> tuple[str, Peer]:
 # ---------------------------------------------------------- side by side
 
 
-def relative(ours: Floats, theirs: npt.NDArray[Any]) -> float:
-    """The largest difference of a row's numbers, each relative to its size plus a tenth of the row's largest.
+def relative(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], share: float = 0.1) -> float:
+    """The largest difference of a row's numbers, each relative to its size plus a share of the row's largest.
 
-    Without the tenth, a weight that happens to be near 0 would have any difference at all.
+    With a share of 0, a weight that happens to be near 0 has any difference at all.
     """
-    size = np.abs(theirs) + np.abs(theirs).max(axis=1, keepdims=True) / 10
-    difference = np.abs(ours - theirs.astype(np.float64))
+    theirs = theirs.astype(np.float64)
+    size = np.abs(theirs) + np.abs(theirs).max(axis=1, keepdims=True) * share
+    difference = np.abs(ours - theirs)
     return float(np.divide(difference, size, out=difference, where=size > 0).max())
 
 
@@ -199,24 +212,34 @@ class Agreement:
     peer: str
     weights: float  # differences, as `relative` has them
     state: float | None  # None: there is none
+    alone: float  # of the weights, each relative to its own size alone
+    theirs_alone: float | None  # the same of what is followed, in float32 beside itself in doubles; None: not asked
 
 
-def compare(storage: de.Storage, optimizer: Any, group: int) -> Agreement:
-    """1,000 steps of one optimizer in a new group of the storage, each step on one row at least."""
+def compare(storage: de.Storage, optimizer: Any, group: int, *, doubles: bool = False) -> Agreement:
+    """1,000 steps of one optimizer in a new group of the storage; two rows are in all of them."""
     rows = de.Embedding(storage, optimizer, de.Normal(), DIMENSION, group)
-    peer_name, peer = peer_of(optimizer, rows.lookup(KEYS))
+    first = rows.lookup(KEYS)
+    peer_name, peer = peer_of(optimizer, first)
+    exact = peer_of(optimizer, first.astype(np.float64))[1] if doubles and peer.dtype == np.float32 else None
     random = np.random.default_rng(2)
     for _ in range(STEPS):
-        touched = np.flatnonzero(random.random(ROWS) < 0.4)
-        if touched.size == 0:
-            touched = random.integers(0, ROWS, 1)
+        touched = np.flatnonzero(random.random(ROWS) < CHANCES)
         gradients = random.standard_normal((touched.size, DIMENSION)).astype(np.float32)
         rows.apply_gradients(KEYS[touched], gradients)
         peer.update(touched, gradients)
+        if exact is not None:
+            exact.update(touched, gradients)
     seen = [rows.inspect(int(key)) for key in KEYS]
     states = [relative(np.stack([row.state[entry] for row in seen]), peer.state(entry)) for entry in seen[0].state]
-    weights = relative(np.stack([row.weights for row in seen]), peer.weights())
-    return Agreement(peer_name, weights, max(states, default=None))
+    weights = np.stack([row.weights for row in seen])
+    return Agreement(
+        peer_name,
+        relative(weights, peer.weights()),
+        max(states, default=None),
+        relative(weights, peer.weights(), share=0.0),
+        None if exact is None else relative(peer.weights(), exact.weights(), share=0.0),
+    )
 
 
 def table() -> str:
@@ -224,13 +247,21 @@ def table() -> str:
     found: dict[tuple[str, str], list[Agreement]] = {}
     with tempfile.TemporaryDirectory() as directory, de.Storage(directory + "/rows.damo", memory="64MiB") as storage:
         for group, optimizer in enumerate(CASES):
-            agreement = compare(storage, optimizer, group)
+            agreement = compare(storage, optimizer, group, doubles=True)
             found.setdefault((type(optimizer).__name__, agreement.peer), []).append(agreement)
-    lines = ["| | beside | settings | weights | state |", "|---|---|---|---|---|"]
+    lines = [
+        "| | beside | settings | weights | state | weights, of \\|x\\| alone | its own, of \\|x\\| alone |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for (name, peer), agreements in found.items():
         weights = max(agreement.weights for agreement in agreements)
         states = [agreement.state for agreement in agreements if agreement.state is not None]
-        lines.append(f"| `{name}` | {peer} | {len(agreements)} | {weights:.0e} | {max(states):.0e} |")
+        alone = max(agreement.alone for agreement in agreements)
+        torch_s = [agreement.theirs_alone for agreement in agreements if agreement.theirs_alone is not None]
+        own = f"{max(torch_s):.0e}" if torch_s else ""
+        lines.append(
+            f"| `{name}` | {peer} | {len(agreements)} | {weights:.0e} | {max(states):.0e} | {alone:.0e} | {own} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle of the counting Bloom filter: its layout and its counters in NumPy.
+"""The oracle of the counting Bloom filter, its layout and its counters in NumPy, and of a group that has one.
 
 Written from docs/format.md; shares no code with the core and imports nothing of the package.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from reference import Floats, ReferenceTable, as_uint64
 
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -36,6 +41,7 @@ def _poisson(mean: float, size: int) -> npt.NDArray[np.float64]:
     return np.exp(at * math.log(mean) - mean - np.array([math.lgamma(i + 1) for i in at]))
 
 
+@functools.cache
 def _keys_of_a_line(per_line: int, fpr: float) -> float:
     """u(h): the most keys a line may have on average."""
     filled = np.arange(LINE + 1) / LINE
@@ -167,3 +173,35 @@ def seal_record(data: bytes, at: int, keys: int, num: int, reserved: int) -> byt
     """The file with other fields in the record at `at`, which has 20 keys, and its checksum put right."""
     head, body = struct.pack("<QII", keys, num, reserved), data[at + 24 : at + 24 + 160]
     return data[:at] + head + struct.pack("<Q", xxh3(at, head + body)) + data[at + 24 :]
+
+
+class AdmittedTable(ReferenceTable):
+    """The oracle of a group with a filter."""
+
+    def __init__(self, optimizer: Any, initializer: Any, dimension: int, filter: Any, **named: int):
+        super().__init__(optimizer, initializer, dimension, **named)
+        pages, per_line = layout(filter.capacity, filter.fpr)
+        self.count = filter.count
+        self.filter = ReferenceFilter(pages, per_line, filter.halve_every or 0)
+        self.refused = self.ignored = 0
+
+    def lookup(self, keys: Any, *, insert: bool = True, missing: str = "initial") -> Floats:
+        if insert:
+            stands = Counter(key for key in as_uint64(keys).ravel().tolist() if key not in self.rows)
+            admitted = []
+            for key, times in stands.items():  # in order of first appearance
+                if self.filter.estimate(key) + times >= self.count:
+                    admitted.append(key)
+                self.filter.add([key], times)
+            self.refused += len(stands) - len(admitted)
+            self._insert(admitted)
+        return super().lookup(keys, insert=False, missing=missing)
+
+    def apply_gradients(self, keys: Any, gradients: Any, lr: float | None = None) -> None:
+        flat = as_uint64(keys).ravel()
+        there = np.array([key in self.rows for key in flat.tolist()], np.bool_)
+        self.ignored += len(set(flat[~there].tolist()))
+        if there.any():
+            super().apply_gradients(flat[there], np.asarray(gradients).reshape(-1, self.dimension)[there], lr)
+        elif flat.size:
+            self.step += 1

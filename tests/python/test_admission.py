@@ -23,45 +23,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 import damo_embedding as de
 import reference_filter
 from comparing import Row, assert_same_rows, files_of, rows_of, rows_of_reference
-from reference import Floats, ReferenceTable, as_uint64
-from reference_filter import ReferenceFilter
+from reference_filter import AdmittedTable, ReferenceFilter
 from storage_server import ForkServer, Group, Session, fork_server
 
 f32 = np.float32
 NOW = 2**40  # ahead of any wall clock: time is the test's
 OPTIMIZER, INITIALIZER = de.SGD(lr=0.5), de.Uniform(-1.0, 1.0)
-
-
-class AdmittedTable(ReferenceTable):
-    """The oracle of a group with a filter."""
-
-    def __init__(self, optimizer: Any, initializer: Any, dimension: int, filter: de.CountingBloomFilter, **named: int):
-        super().__init__(optimizer, initializer, dimension, **named)
-        pages, per_line = reference_filter.layout(filter.capacity, filter.fpr)
-        self.count = filter.count
-        self.filter = ReferenceFilter(pages, per_line, filter.halve_every or 0)
-        self.refused = self.ignored = 0
-
-    def lookup(self, keys: Any, *, insert: bool = True, missing: str = "initial") -> Floats:
-        if insert:
-            stands = Counter(key for key in as_uint64(keys).ravel().tolist() if key not in self.rows)
-            admitted = []
-            for key, times in stands.items():  # in order of first appearance
-                if self.filter.estimate(key) + times >= self.count:
-                    admitted.append(key)
-                self.filter.add([key], times)
-            self.refused += len(stands) - len(admitted)
-            self._insert(admitted)
-        return super().lookup(keys, insert=False, missing=missing)
-
-    def apply_gradients(self, keys: Any, gradients: Any, lr: float | None = None) -> None:
-        flat = as_uint64(keys).ravel()
-        there = np.array([key in self.rows for key in flat.tolist()], np.bool_)
-        self.ignored += len(set(flat[~there].tolist()))
-        if there.any():
-            super().apply_gradients(flat[there], np.asarray(gradients).reshape(-1, self.dimension)[there], lr)
-        elif flat.size:
-            self.step += 1
 
 
 def open_group(

@@ -7,6 +7,8 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,47 @@ def test_a_file_that_is_open_already_is_shared(tmp_path: Path) -> None:
     with pytest.raises(de.SchemaMismatchError, match=r"capacity=1000, count=3.*asked for capacity=1000, count=4"):
         make(tmp_path / "f", count=4)
     assert one.check(5)
+
+
+def test_a_file_whose_last_user_is_just_going_opens_in_another_thread(tmp_path: Path) -> None:
+    one = make(tmp_path / "f")
+    one.add(5, 3)
+    seen: list[object] = []
+
+    def open_again() -> None:
+        try:
+            seen.append(make(tmp_path / "f").check(5))
+        except BaseException as error:
+            seen.append(error)
+
+    def switch_threads(_: object) -> None:  # the user is gone by now, and the file not yet closed
+        thread = threading.Thread(target=open_again)
+        thread.start()
+        thread.join()
+
+    watch = weakref.ref(one._shared, switch_threads)
+    del one
+    assert watch() is None
+    assert seen == [True]
+
+
+def test_a_file_that_another_thread_is_closing_is_waited_for(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def make_anew() -> None:
+        try:
+            for _ in range(40):
+                make(tmp_path / "f").add(1)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=make_anew) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert make(tmp_path / "f").check(1)
 
 
 @pytest.mark.parametrize("alive", [True, False])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,54 @@ def test_the_last_reference_closes_the_directory_and_an_embedding_is_one(path: P
     gc.collect()
     with de.Storage(path, memory="16MiB") as plain:
         assert plain.stats()["rows"] == 1
+
+
+def test_a_directory_whose_last_user_is_just_going_opens_in_another_thread(path: Path) -> None:
+    storage = damo.PyStorage(str(path), 0)
+    apply(embedding(storage), [1])
+    seen: list[object] = []
+
+    def open_again() -> None:
+        try:
+            seen.append(look_up(embedding(damo.PyStorage(str(path), 0)), [1])[0, 0])
+        except BaseException as error:
+            seen.append(error)
+
+    def switch_threads(_: object) -> None:  # the user is gone by now, and the directory not yet closed
+        thread = threading.Thread(target=open_again)
+        thread.start()
+        thread.join()
+
+    watch = weakref.ref(storage._shared, switch_threads)
+    del storage
+    assert watch() is None
+    assert seen == [-1.0]
+
+
+@pytest.mark.parametrize("collected", [False, True])
+def test_a_directory_that_another_thread_is_closing_is_waited_for(path: Path, collected: bool) -> None:
+    errors: list[BaseException] = []
+
+    def make_anew(key: int) -> None:
+        try:
+            for step in range(1, 11):
+                rows = embedding(damo.PyStorage(str(path), 0))
+                apply(rows, [key])
+                assert (look_up(rows, [key]) == -step).all()
+                if collected:
+                    rows.itself = rows  # type: ignore[attr-defined]
+                del rows
+                if collected:
+                    gc.collect()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=make_anew, args=(key,)) for key in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
 
 
 def test_a_directory_that_was_removed_and_made_again_is_a_new_one(path: Path, storage: damo.PyStorage) -> None:

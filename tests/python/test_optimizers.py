@@ -6,8 +6,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from damo_embedding.optimizers import (
     RMSprop,
     RowWiseAdagrad,
 )
-from optimizer_agreement import compare, relative
+from optimizer_agreement import DIMENSION, KEYS, compare, relative
 from optimizer_cases import CASES, VARIED
 
 Floats = npt.NDArray[np.float32]
@@ -64,12 +66,12 @@ class CoreRow:
         starts = [np.full(size, initial, np.float32) for size, (_, _, initial) in zip(self.sizes, blocks, strict=True)]
         self.state = np.concatenate([np.empty(0, np.float32), *starts])
 
-    def update(self, gradient: Floats, group_step: int) -> None:
+    def update(self, gradient: Floats, group_step: int, lr: float | None = None) -> None:
         self.update_count += 1
         _core.optimizer_update(
             self.optimizer.name,
             self.optimizer._settings(),
-            self.optimizer.lr,
+            self.optimizer.lr if lr is None else lr,
             group_step,
             self.update_count,
             self.weights,
@@ -228,6 +230,14 @@ def test_a_thousand_random_steps_agree_with_torch_or_the_paper_to_1e_5(storage: 
     assert (agreement.state is not None) == has_state
 
 
+def test_rows_are_compared_that_were_in_each_of_the_thousand_steps(storage: de.Storage) -> None:
+    compare(storage, SGD(), group=0)
+    rows = de.Embedding(storage, SGD(), de.Normal(), DIMENSION, 0)
+    counts = [rows.inspect(int(key)).update_count for key in KEYS]  # type: ignore[union-attr]
+    assert counts[:2] == [1000, 1000]
+    assert 300 < counts[2] < 500
+
+
 def test_the_measure_of_agreement_sees_what_differs() -> None:
     theirs = np.array([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0]])
     ours = theirs.astype(np.float32)
@@ -236,6 +246,7 @@ def test_the_measure_of_agreement_sees_what_differs() -> None:
     assert relative(ours, theirs) == pytest.approx(1.0)
     ours[0] = [1.0, 0.56, 0.0]
     assert relative(ours, theirs) == pytest.approx(0.1)
+    assert relative(ours, theirs, share=0.0) == pytest.approx(0.12)
     ours[1, 0] = 1e-30  # beside a row of zeros nothing is small
     assert relative(ours, theirs) > 0.0
 
@@ -301,8 +312,7 @@ def test_ftrl_at_rate_0_changes_neither_weights_nor_state() -> None:
     row.update(np.ones(4, np.float32), 1)
     before = row.weights.copy(), row.state.copy()
     for rate in (0.0, 1e-46):
-        row.optimizer = FTRL(lr=rate)
-        row.update(np.full(4, 2.0, np.float32), 2)
+        row.update(np.full(4, 2.0, np.float32), 2, lr=rate)
         np.testing.assert_array_equal(row.weights, before[0])
         np.testing.assert_array_equal(row.state, before[1])
 
@@ -355,8 +365,46 @@ FLOAT_FIELDS = [
 @pytest.mark.parametrize(("cls", "field"), FLOAT_FIELDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-9, -1, 1e39, 10**400, np.float32("nan")])
 def test_numbers_out_of_range_are_named_with_the_range(cls: Any, field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^\[{cls.__name__}\] {field} is .*, expected a number in \[.*\]$"):
+    way_out = ".* at rate 0 .*" if field == "lr" else ""
+    with pytest.raises(
+        ValueError, match=rf"^\[{cls.__name__}\] {field} is .*, expected a number in \[[^]]*\]{way_out}$"
+    ):
         cls(**{field: value})
+
+
+@pytest.mark.parametrize("cls", list(CLASSES.values()))
+@pytest.mark.parametrize("lr", [0, 0.0, -0.0, np.float32(0), 1e-46])
+def test_a_rate_that_is_0_as_float32_is_refused_with_the_ways_to_have_it_for_a_step(cls: Any, lr: Any) -> None:
+    message = (
+        f"[{cls.__name__}] lr is {lr!r}, expected a number in [1.1754944e-38, 3.4028235e+38], a schedule or a function"
+        " of the step; for steps at rate 0 give apply_gradients(lr=0), set embedding.lr = 0, or let a schedule give it"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        cls(lr=lr)
+
+
+def test_a_rate_of_0_is_taken_for_a_step_and_of_a_schedule(path: Path) -> None:
+    ones, schedule = np.ones((1, 4), np.float32), de.CosineDecay(lr=0.0, decay_steps=10)
+    with de.Storage(path, memory="16MiB") as storage:
+        embedding = de.Embedding(storage, SGD(lr=schedule), de.Zeros(), 4, group=0)
+        embedding.apply_gradients([1], ones)
+        embedding.lr = 0.5
+        embedding.apply_gradients([1], ones, lr=0)
+        embedding.lr = 0
+        embedding.apply_gradients([1], ones)
+        assert not embedding.lookup([1]).any()
+
+
+def test_a_group_that_is_stored_with_a_rate_of_0_opens_with_another(path: Path) -> None:
+    with de.Storage(path, memory="16MiB") as storage:
+        de.Embedding(storage, SGD(lr=de.CosineDecay(lr=0.0, decay_steps=10)), de.Ones(), 4, group=0).lookup([1])
+    manifest = path / "generation-000001" / "MANIFEST"
+    with_0 = manifest.read_bytes()
+    with de.Storage(path, memory="16MiB") as storage:
+        embedding = de.Embedding(storage, SGD(lr=0.5), de.Ones(), 4, group=0)
+        embedding.apply_gradients([1], np.ones((1, 4), np.float32))
+        assert (embedding.lookup([1]) == 0.5).all()
+    assert manifest.read_bytes() != with_0
 
 
 @pytest.mark.parametrize(("cls", "field"), FLOAT_FIELDS)
@@ -442,6 +490,7 @@ def test_bad_bias_correction_is_named(value: Any, error: type[Exception]) -> Non
 
 LARGEST, SMALLEST, BELOW_ONE = 3.4028234663852886e38, 1.1754943508222875e-38, 1.0 - 2.0**-24
 ENDS: dict[str, tuple[Any, Any]] = {
+    "lr": (SMALLEST, LARGEST),
     "momentum": (0, BELOW_ONE),
     "dampening": (0, 0),  # 1 with momentum, 0 without
     "alpha": (0, BELOW_ONE),

@@ -53,7 +53,7 @@ class Adagrad(_AdagradSettings):
     counts the row's updates, where torch counts those of the whole table.
 
     Args:
-        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
+        lr: learning rate, above 0; or a schedule, or a function of the group's step.
         lr_decay: how much each update of a row lowers its rate, at least 0.
         weight_decay: L2 penalty, at least 0, added to the gradient.
         initial_accumulator_value: what `sum` starts from, at least 0.
@@ -86,7 +86,7 @@ class RowWiseAdagrad(_AdagradSettings):
     row's updates.
 
     Args:
-        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
+        lr: learning rate, above 0; or a schedule, or a function of the group's step.
         lr_decay: how much each update of a row lowers its rate, at least 0.
         weight_decay: L2 penalty, at least 0, added to the gradient.
         initial_accumulator_value: what `sum` starts from, at least 0.

@@ -59,7 +59,7 @@ class Adam(_AdamSettings):
     without a gradient does not move in either.
 
     Args:
-        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
+        lr: learning rate, above 0; or a schedule, or a function of the group's step.
         betas: how much of the averages of g and g**2 an update keeps, each in [0, 1).
         eps: added to the root, above 0 (`torch.optim.Adam` takes 0 as well, and makes NaN of a gradient that
             is 0).
@@ -105,7 +105,7 @@ class AMSGrad(_AdamSettings):
     The formula of `torch.optim.Adam(amsgrad=True)` applied to every row as if it were a parameter of its own.
 
     Args:
-        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
+        lr: learning rate, above 0; or a schedule, or a function of the group's step.
         betas: how much of the averages of g and g**2 an update keeps, each in [0, 1).
         eps: added to the root, above 0 (torch takes 0 as well, and makes NaN of a gradient that is 0).
         weight_decay: L2 penalty, at least 0, added to the gradient.
@@ -137,7 +137,7 @@ class AdamW(_AdamSettings):
     when it is updated, not between, so a rare row decays less than a frequent one.
 
     Args:
-        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
+        lr: learning rate, above 0; or a schedule, or a function of the group's step.
         betas: how much of the averages of g and g**2 an update keeps, each in [0, 1).
         eps: added to the root, above 0 (torch takes 0 as well, and makes NaN of a gradient that is 0).
         weight_decay: what an update takes of each weight, times lr; at least 0.

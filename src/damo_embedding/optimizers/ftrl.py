@@ -29,7 +29,7 @@ class FTRL(Optimizer):
     nowhere. A weight whose gradients were all 0 stays what it is.
 
     Args:
-        lr: learning rate, the paper's alpha, at least 0. It is part of what w follows from: a lower rate later
+        lr: learning rate, the paper's alpha, above 0. It is part of what w follows from: a lower rate later
             shrinks w at its next update, so prefer a constant one. An update at rate 0 changes nothing.
         beta: keeps the rate of the first updates down, at least 0.
         lambda1: L1 penalty, at least 0.

@@ -24,7 +24,7 @@ class Lion(Optimizer):
     AdamW would get, and as many times its weight decay. A row decays when it is updated, not between.
 
     Args:
-        lr: learning rate, at least 0: how far a weight moves in an update; or a schedule, or a function of the
+        lr: learning rate, above 0: how far a weight moves in an update; or a schedule, or a function of the
             group's step.
         betas: how much of `exp_avg` the direction takes, and how much of it an update keeps, each in [0, 1).
         weight_decay: what an update takes of each weight, times lr; at least 0.

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 
 from damo_embedding.schedules import LearningRate, _base_lr, _learning_rate
-from damo_embedding.settings import _BELOW_ONE, Described, _number
+from damo_embedding.settings import _BELOW_ONE, _MIN_FLOAT, Described, _number
 
 __all__ = ["Optimizer"]
 
@@ -36,7 +36,15 @@ class Optimizer(Described):
     lr: LearningRate
 
     def _take_lr(self) -> None:
-        object.__setattr__(self, "lr", _learning_rate(type(self).__name__, "lr", self.lr))
+        # The core takes 0 as well: a step may have it, and files do. As the rate of an optimizer it is a slip.
+        try:
+            lr = _learning_rate(type(self).__name__, "lr", self.lr, lowest=_MIN_FLOAT)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}, a schedule or a function of the step; for steps at rate 0 give apply_gradients(lr=0), set"
+                " embedding.lr = 0, or let a schedule give it"
+            ) from None
+        object.__setattr__(self, "lr", lr)
 
     def _rate(self) -> float:
         """The rate for the core: of a schedule where it starts, of a function of the step the default."""

@@ -31,7 +31,7 @@ class RMSprop(Optimizer):
     is below 0 by rounding it is taken as 0; torch makes NaN of it.
 
     Args:
-        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
+        lr: learning rate, above 0; or a schedule, or a function of the group's step.
         alpha: how much of the averages an update keeps, in [0, 1).
         eps: added to the root, above 0 (torch takes 0 as well, and makes NaN of a gradient that is 0).
         weight_decay: L2 penalty, at least 0, added to the gradient.

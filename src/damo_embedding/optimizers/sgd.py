@@ -26,7 +26,7 @@ class SGD(Optimizer):
     a row between its updates. torch's momentum does, for rows it has seen.
 
     Args:
-        lr: learning rate, at least 0; or a schedule, or a function of the group's step.
+        lr: learning rate, above 0; or a schedule, or a function of the group's step.
         momentum: how much of the buffer an update keeps, in [0, 1). 0: there is no buffer.
         dampening: what a gradient's share in the buffer lacks of 1, in [0, 1]. Above 0 it needs momentum.
         weight_decay: L2 penalty, at least 0, added to the gradient.

@@ -113,6 +113,11 @@ def rate(value: Any) -> bool:
     return number(0, 3.4e38)(value) or (callable(value) and not isinstance(value, type))
 
 
+def rate_of_optimizer(value: Any) -> bool:
+    """A rate, but not 0 as float32: that is for single steps."""
+    return rate(value) and (callable(value) or float(value) >= 1.2e-38)
+
+
 def size(value: Any) -> bool:
     """Bytes of a budget that is refused neither as too small nor as too large."""
     if isinstance(value, str):
@@ -292,16 +297,16 @@ class BadInput(Suite):
             for name, rule in rules.items()
         ]
         for kind, arguments in (
-            (de.SGD, {"lr": rate, "weight_decay": number(0, 3.4e38)}),
+            (de.SGD, {"lr": rate_of_optimizer, "weight_decay": number(0, 3.4e38)}),
             (
                 de.Adagrad,
-                {"lr": rate}
+                {"lr": rate_of_optimizer}
                 | {name: number(0, 3.4e38) for name in ("eps", "weight_decay", "initial_accumulator_value")},
             ),
             (
                 de.Adam,
                 {
-                    "lr": rate,
+                    "lr": rate_of_optimizer,
                     "eps": number(0, 3.4e38),
                     "weight_decay": number(0, 3.4e38),
                     "betas": nothing,
