@@ -19,9 +19,7 @@ from reliability.workload import SMALL, START, Workload, draw_options
 class DiskFull(ServedSuite):
     name = "disk-full"
     title = "disk full at every 4 KB step of a small tmpfs, then space again"
-    promise = (
-        "StorageError with nothing half applied; reads go on; with space the same handle does, or says to reopen"
-    )
+    promise = "StorageError with nothing half applied; reads go on; with space the same handle does, or says to reopen"
     unit = "full disks"
     small = 30
     full = 1_000
