@@ -24,4 +24,4 @@ fi
 source "$root/scripts/lib/setup.sh"
 setup "" "test" --wheel
 # These need no torch; the rest of the tests does not depend on the version of Python.
-python -m pytest -n "$((2 * $(nproc)))" --dist worksteal -m "not slow" --ignore-glob='*torch*' --ignore-glob='*demo*'
+python -m pytest -n "$((2 * $(nproc)))" --maxschedchunk 1 -m "not slow" --ignore-glob='*torch*' --ignore-glob='*demo*'
