@@ -244,7 +244,7 @@ def test_what_other_programs_do_to_the_file_is_an_error_and_no_signal(file: Path
         file.write_bytes(b"DAMOFILT")  # so that the next round may start anew
 
 
-FULL = """
+FULL_DISK = """
 import resource, signal, sys
 import damo_embedding as de
 path, settings = sys.argv[1], eval(sys.argv[2])
@@ -270,7 +270,7 @@ print(seen.adds)
 
 def test_where_the_disk_takes_no_more_an_add_fails_whole_and_later_ones_succeed(file: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(file), repr(SETTINGS)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", FULL_DISK, str(file), repr(SETTINGS)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     with open_file(file) as seen:
