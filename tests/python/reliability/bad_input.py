@@ -6,6 +6,7 @@ The matrix is generated: what a value must be, to be right for an argument, is w
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -347,23 +348,23 @@ class BadInput(Suite):
         argument = self.arguments[seed % len(self.arguments)]
         before, sequence = files_of(self.directory), self.storage.stats()["sequence"]
         untouched = self._signature()
-        os.chdir(self.directory)  # a path that is taken all the same is seen here
-        for value in values():
-            if argument.right(value):
-                continue
-            shown = f"{argument.name} with {value!r:.100}"
-            try:
-                argument.call(value)
-            except (TypeError, ValueError, de.DamoError, *argument.also) as error:
-                said, shows = str(error), "object at 0x" in repr(value)
-                if "object at 0x" in said and not shows:
-                    raise AssertionError(f"{shown} said {said}") from error
-            except BaseException as error:
-                raise AssertionError(f"{shown} raised {type(error).__name__}: {error}") from error
-            else:
-                raise AssertionError(f"{shown} was taken")
-            assert self._signature() == untouched, f"{shown} changed a file"
-            self.done["calls"] += 1
+        with contextlib.chdir(self.directory):  # a path that is taken all the same is seen here
+            for value in values():
+                if argument.right(value):
+                    continue
+                shown = f"{argument.name} with {value!r:.100}"
+                try:
+                    argument.call(value)
+                except (TypeError, ValueError, de.DamoError, *argument.also) as error:
+                    said, shows = str(error), "object at 0x" in repr(value)
+                    if "object at 0x" in said and not shows:
+                        raise AssertionError(f"{shown} said {said}") from error
+                except BaseException as error:
+                    raise AssertionError(f"{shown} raised {type(error).__name__}: {error}") from error
+                else:
+                    raise AssertionError(f"{shown} was taken")
+                assert self._signature() == untouched, f"{shown} changed a file"
+                self.done["calls"] += 1
         assert files_of(self.directory) == before, f"{argument.name} changed a file"
         assert self.storage.stats()["sequence"] == sequence, f"{argument.name} was an operation"
         assert len(self.embedding) == 3
