@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstring>
 
+#include "fixed_dimension.h"
 #include "format.h"
 
 namespace damo {
@@ -149,18 +150,7 @@ void repeat_rows(const Batch& batch, size_t dimension, ThreadPool& pool, float* 
   const size_t positions = batch.num_positions(), ranges = positions < 8192 ? 1 : pool.size() * 2;
   pool.run(ranges, [&](size_t range) {
     const size_t begin = positions * range / ranges, end = positions * (range + 1) / ranges;
-    switch (dimension) {
-      case 8:
-        return repeat_range<8>(batch, dimension, begin, end, out);
-      case 16:
-        return repeat_range<16>(batch, dimension, begin, end, out);
-      case 32:
-        return repeat_range<32>(batch, dimension, begin, end, out);
-      case 64:
-        return repeat_range<64>(batch, dimension, begin, end, out);
-      default:
-        return repeat_range<0>(batch, dimension, begin, end, out);
-    }
+    with_fixed_dimension(dimension, [&](auto fixed) { repeat_range<fixed.value>(batch, dimension, begin, end, out); });
   });
 }
 

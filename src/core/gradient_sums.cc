@@ -7,6 +7,8 @@
 #include <cstring>
 #include <vector>
 
+#include "fixed_dimension.h"
+
 namespace damo {
 namespace {
 
@@ -119,18 +121,8 @@ void sum_gradients(const Batch& batch, std::span<const float* const> parts, std:
   if (buckets.size() > 1) pool.run(blocks.size(), [&](size_t block) { blocks[block].sort(buckets); });
   pool.run(buckets.size(), [&](size_t bucket) {
     const uint32_t first = buckets.first_row(bucket);
-    switch (dimension) {
-      case 8:
-        return sum_bucket<8>(blocks, bucket, first, dimension, sums);
-      case 16:
-        return sum_bucket<16>(blocks, bucket, first, dimension, sums);
-      case 32:
-        return sum_bucket<32>(blocks, bucket, first, dimension, sums);
-      case 64:
-        return sum_bucket<64>(blocks, bucket, first, dimension, sums);
-      default:
-        return sum_bucket<0>(blocks, bucket, first, dimension, sums);
-    }
+    with_fixed_dimension(dimension,
+                         [&](auto fixed) { sum_bucket<fixed.value>(blocks, bucket, first, dimension, sums); });
   });
 }
 

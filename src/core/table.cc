@@ -108,8 +108,6 @@ double Table::rate_at(const char* operation, uint64_t step) const {
 
 // ------------------------------------------------------------------ lookup
 
-void Table::expand(const Batch& batch, float* out) const { repeat_rows(batch, spec().dimension, *storage_.pool_, out); }
-
 std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out, bool insert, bool zeros,
                                      std::optional<uint64_t> padding) {
   check_positions("lookup", keys.size());
@@ -157,7 +155,7 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
     });
     for (const uint32_t r : read.gone) first_weights(r);
   }
-  expand(*batch, out);
+  repeat_rows(*batch, dimension, *storage_.pool_, out);
   // Small beside the budget: a hundredth of it for a usual batch.
   if (insert && !padding && keys.size() <= storage_.options_.memory_bytes / 1024) {
     const std::lock_guard lock(last_mutex_);

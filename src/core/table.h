@@ -144,7 +144,6 @@ class Table {
   uint64_t erase(std::span<const uint64_t> keys, Erased what, uint64_t newest);
   void adopt(const Lifetime& lifetime, bool own, AgeCounts counts);  // order lock held
   void adopt(const TableSpec& wanted);  // other optimizer settings of the same layout; order and structure lock held
-  void expand(const Batch& batch, float* out) const;
   void create(Batch& batch, std::span<const uint32_t> rows, std::optional<uint32_t> absent_at, float* out);
   // The same in a group with a filter: counts the keys that still have no row, and makes the rows of those that come to
   // its count. Returns the others.
