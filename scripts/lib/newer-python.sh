@@ -23,5 +23,5 @@ fi
 # shellcheck source=scripts/lib/setup.sh
 source "$root/scripts/lib/setup.sh"
 setup "" "test" --wheel
-# These need no torch; the rest of the tests does not depend on the version of Python.
-python -m pytest -n "$((2 * $(nproc)))" --maxschedchunk 1 -m "not slow" --ignore-glob='*torch*' --ignore-glob='*demo*'
+# What needs no torch and what depends on the version of Python.
+python -m pytest -n "$((2 * $(nproc)))" --maxschedchunk 1 -m "not slow and not core" --ignore-glob='*torch*' --ignore-glob='*demo*'

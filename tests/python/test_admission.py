@@ -26,6 +26,8 @@ from comparing import Row, assert_same_rows, files_of, rows_of, rows_of_referenc
 from reference_filter import AdmittedTable, ReferenceFilter
 from storage_server import ForkServer, Group, Session, fork_server
 
+pytestmark = pytest.mark.core
+
 f32 = np.float32
 NOW = 2**40  # ahead of any wall clock: time is the test's
 OPTIMIZER, INITIALIZER = de.SGD(lr=0.5), de.Uniform(-1.0, 1.0)

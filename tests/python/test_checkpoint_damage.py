@@ -19,6 +19,8 @@ import pytest
 import damo_embedding as de
 from comparing import files_of
 
+pytestmark = pytest.mark.core
+
 FULL = os.environ.get("DAMO_DAMAGE") == "full"
 f32 = np.float32
 

@@ -20,6 +20,8 @@ from optimizer_cases import CASES
 from reference import ReferenceTable
 from storage_server import Group, fork_server
 
+pytestmark = pytest.mark.core
+
 DIMENSION = 1024
 LATE = 2**40  # ahead of any wall clock
 f32 = np.float32

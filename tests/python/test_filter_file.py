@@ -22,6 +22,8 @@ import pytest
 import damo_embedding as de
 from reference_filter import load, seal_head, seal_mark, seal_record
 
+pytestmark = pytest.mark.core
+
 FULL = os.environ.get("DAMO_DAMAGE") == "full"
 SETTINGS: dict[str, Any] = {"capacity": 300, "count": 2, "fpr": 1e-2, "halve_every": 500}
 START = 4096 + 4096 + 8  # of the log, with these settings

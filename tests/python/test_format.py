@@ -14,6 +14,8 @@ import xxhash
 
 import damo_embedding as de
 
+pytestmark = pytest.mark.core
+
 KEYS = np.array([7, -1, 0, 2**40, 7], np.int64)  # four keys, one twice
 DIMENSION = 3
 MASK = (1 << 64) - 1

@@ -13,6 +13,8 @@ import damo_embedding as de
 from reliability.mounts import Tmpfs
 from reliability.suite import SkippedError
 
+pytestmark = pytest.mark.core
+
 DIMENSION, LR, KEYS = 16, 0.5, 400_000
 
 

@@ -18,6 +18,8 @@ import xxhash
 import damo_embedding as de
 from comparing import files_of
 
+pytestmark = pytest.mark.core
+
 
 def xxh3(seed: int, data: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data, seed)

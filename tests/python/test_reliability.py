@@ -19,6 +19,8 @@ from reliability.suite import SkippedError
 from reliability.suites import SUITES
 from reliability.workload import SMALL, START, Workload
 
+pytestmark = pytest.mark.core
+
 FIRST = int(os.environ.get("DAMO_RELIABILITY_SEED", "0"))
 # suite -> parts, so that the processes of a test run share it; and a stride, so that a few seeds see all kinds
 PARTS = {

@@ -14,6 +14,8 @@ import damo_embedding as de
 from comparing import Row, files_of, rows_of
 from damo_embedding.rescue import _mix
 
+pytestmark = pytest.mark.core
+
 f32 = np.float32
 ROWS = 3000
 NOW = 2**40
