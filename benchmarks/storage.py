@@ -6,6 +6,7 @@ In memory (the table fits into the default budget):
     lookup_hot      lookups of resident keys, Zipf, insert=False
     lookup_missing  lookups of keys without a row, insert=False
     log_append      apply_gradients of the same 8,192 rows over and over: what a record in the log costs
+    log_cutting     the same with a log of 32 MiB that is cut all the while
     checkpoint      a checkpoint while another thread trains: how long, and the longest step beside it
     open            close and open again, then kill and open again: what the log has to do over
 
@@ -51,8 +52,8 @@ class Result:
     unit: str
 
 
-def open_table(path: Path, memory: str = "1GiB") -> tuple[de.Storage, de.Embedding]:
-    storage = de.Storage(path, memory=memory)
+def open_table(path: Path, memory: str = "1GiB", log_bytes: str | None = None) -> tuple[de.Storage, de.Embedding]:
+    storage = de.Storage(path, memory=memory, log_bytes=log_bytes)
     return storage, de.Embedding(storage, de.Adam(lr=1e-3), de.Uniform(-0.01, 0.01), DIMENSION, group="bench")
 
 
@@ -113,6 +114,24 @@ def log_append(table: de.Embedding, rows: int) -> Iterator[Result]:
     yield Result("log_append", "log", record / float(np.median(each)) / 1e6, "MB/s")
 
 
+def log_cutting(directory: Path, rows: int) -> Iterator[Result]:
+    storage, table = open_table(directory / "cutting", log_bytes="32MiB")
+    with storage:
+        fill(table, rows)
+        update = gradients(8192)
+        rng = np.random.default_rng(8)
+        # Other rows each time, as a log that is cut has them to write.
+        steps = [keys_of(rng.integers(0, rows, 8192)) for _ in range(200)]
+        before = storage.stats()
+        each = [seconds(lambda keys=keys: table.apply_gradients(keys, update)) for keys in steps]
+        after = storage.stats()
+    yield Result("log_cutting", "record of 8,192 rows", 1e3 * float(np.median(each)), "ms")
+    yield Result("log_cutting", "longest", 1e3 * max(each), "ms")
+    yield Result("log_cutting", "log, all told", 200 * 8192 * (8 + 4 * DIMENSION) / sum(each) / 1e6, "MB/s")
+    yield Result("log_cutting", "cuts", float(after["cuts"] - before["cuts"]), "")
+    shutil.rmtree(directory / "cutting")
+
+
 def checkpoint(storage: de.Storage, table: de.Embedding, rows: int, directory: Path) -> Iterator[Result]:
     rng = np.random.default_rng(5)
     steps = [keys_of(zipf_ranks(STEP // 4, rows, rng)) for _ in range(20)]
@@ -148,7 +167,9 @@ def open_again(path: Path, rows: int) -> Iterator[Result]:
     child = subprocess.run([sys.executable, __file__, "--rows", str(rows), "--die-in", str(path)], check=False)
     if child.returncode != -signal.SIGKILL:
         raise RuntimeError(f"the child that was to kill itself ended with {child.returncode}")
+    start = time.perf_counter()
     with de.Storage(path) as storage:
+        yield Result("open", "after kill -9", time.perf_counter() - start, "s")
         redone, log = storage.stats()["redone_records"], storage.stats()["log_bytes"]
     yield Result("open", "records done over after kill -9", float(redone), "")
     yield Result("open", "log then", log / 1e6, "MB")
@@ -182,6 +203,7 @@ def in_memory(directory: Path, rows: int) -> Iterator[Result]:
         yield from checkpoint(storage, table, rows, directory)
     yield from open_again(path, rows)
     shutil.rmtree(path)
+    yield from log_cutting(directory, rows)
 
 
 # -------------------------------------------------------------------- ten times the budget

@@ -11,7 +11,9 @@ from reliability.journaled_disk import JournaledDisk
 from reliability.kills import Kills
 from reliability.power_loss import PowerLoss
 from reliability.suite import Suite
+from reliability.torch_kills import TorchKills
 
 SUITES: dict[str, type[Suite]] = {
-    suite.name: suite for suite in (Kills, PowerLoss, JournaledDisk, CallFails, DiskFull, Flips, ColdFlips, BadInput)
+    suite.name: suite
+    for suite in (Kills, TorchKills, PowerLoss, JournaledDisk, CallFails, DiskFull, Flips, ColdFlips, BadInput)
 }

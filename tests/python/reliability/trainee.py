@@ -209,7 +209,8 @@ def all_rows(embedding: de.Embedding) -> Rows:
     return Rows(
         np.concatenate([np.empty(0, np.uint64), *(part.keys for part in parts)]),
         np.concatenate([none, *(part.weights for part in parts)]),
-        {name: np.concatenate([none, *(part.state[name] for part in parts)]) for name in entries},
+        # One number a row, in some optimizers.
+        {name: np.concatenate([part.state[name] for part in parts]) if parts else none for name in entries},
         np.concatenate([np.empty(0, np.uint32), *(part.update_counts for part in parts)]),
         np.concatenate([np.empty(0, np.int64), *(part.last_updates for part in parts)]),
     )
