@@ -23,12 +23,16 @@
 #include <string>
 #include <vector>
 
+#include "directory.h"
 #include "error.h"
 #include "file.h"
+#include "filter_file.h"
+#include "filter_format.h"
 #include "format.h"
 #include "log_segment.h"
 #include "manifest.h"
 #include "presence_filter.h"
+#include "saved_filter.h"
 #include "stores/commit_mark.h"
 
 namespace damo {
@@ -65,6 +69,31 @@ class MemoryFile {
  private:
   int fd_;
   std::string path_;
+};
+
+// Where a parser wants a name; in memory where there is such a place.
+class ScratchDirectory {
+ public:
+  ScratchDirectory() {
+    std::string name = ::access("/dev/shm", W_OK) == 0 ? "/dev/shm/damo-fuzz-XXXXXX" : "/tmp/damo-fuzz-XXXXXX";
+    if (::mkdtemp(name.data()) == nullptr) std::abort();
+    path_ = name;
+  }
+  ~ScratchDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  ScratchDirectory(const ScratchDirectory&) = delete;
+  ScratchDirectory& operator=(const ScratchDirectory&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+  std::filesystem::path hold(const std::string& name, const std::string& text) const {
+    const std::filesystem::path path = path_ / name;
+    FileDescriptor("fuzz", path, O_WRONLY | O_CREAT | O_TRUNC).write(bytes_of(text));
+    return path;
+  }
+
+ private:
+  std::filesystem::path path_;
 };
 
 struct Target {
@@ -178,10 +207,36 @@ std::string keys_body() {
   return body;
 }
 
+std::string import_body() {
+  const std::vector<uint64_t> keys{1, 2, 3};
+  const std::vector<uint32_t> counts{0, 1, 7};
+  const std::vector<float> floats(12, 0.5f);
+  std::string body = encode_import_prefix(
+      {.table_id = 1, .num_floats = 4, .time = 5, .ages = {}, .keys = keys, .update_counts = {}, .floats = {}});
+  body.append(reinterpret_cast<const char*>(keys.data()), keys.size() * sizeof(uint64_t));
+  body.append(reinterpret_cast<const char*>(counts.data()), counts.size() * sizeof(uint32_t));
+  body.append(reinterpret_cast<const char*>(floats.data()), floats.size() * sizeof(float));
+  return body;
+}
+
+std::string count_body() {
+  const std::vector<uint64_t> keys{1, 2, 3};
+  const std::vector<uint32_t> times{1, 2, 1};
+  CountRecord record;
+  record.table_id = 1;
+  record.time = 5;
+  record.keys = keys;
+  std::string body = encode_count_prefix(record);
+  body.append(reinterpret_cast<const char*>(keys.data()), keys.size() * sizeof(uint64_t));
+  body.append(reinterpret_cast<const char*>(times.data()), times.size() * sizeof(uint32_t));
+  return body;
+}
+
 // The first byte says which kind of record it is.
 Target record_target() {
   return {"record",
-          {"\1" + apply_body(), "\2" + keys_body(), "\3" + encode_commit({4, "extra"})},
+          {"\1" + apply_body(), "\2" + keys_body(), "\3" + encode_commit({4, "extra"}), "\4" + import_body(),
+           "\5" + count_body(), "\6" + encode_expire({5})},
           nullptr,
           [](const std::string& text) {
             if (text.empty()) return;
@@ -197,6 +252,9 @@ Target record_target() {
             } else if (text[0] == 4) {
               const ImportRecord record = decode_import(body, keys);
               if (record.floats.size() != record.keys.size() * record.num_floats * sizeof(float)) std::abort();
+            } else if (text[0] == 5) {
+              const CountRecord record = decode_count(body, keys);
+              if (record.times.size() != record.keys.size() * sizeof(uint32_t)) std::abort();
             } else {
               decode_expire(body);
             }
@@ -283,6 +341,78 @@ Target presence_target(const MemoryFile& file) {
   return {"presence", {text}, repair_tail, [&file](const std::string& input) {
             PresenceFilter filter(kBytes);
             filter.load(file.hold(input), 1);
+          }};
+}
+
+Target current_target(const ScratchDirectory& scratch) {
+  StorageDirectory(scratch.path(), OpenMode::kCreate).replace_generation([](const auto&) {});
+  return {"current", {read_file(scratch.path() / "CURRENT", 256)}, nullptr, [&scratch](const std::string& text) {
+            scratch.hold("CURRENT", text);
+            live_generation(scratch.path());
+          }};
+}
+
+// ----------------------------------------------------------------- filters
+
+const FilterSettings kFilter{.capacity = 500, .count = 3, .fpr = 0.01, .halve_every = 400};
+const SavedFilter kSaved{kId, 3, 42};
+
+// Head, mark and counters, of a file whose checksums have this seed.
+void repair_filter(std::string& text, uint64_t seed) {
+  constexpr size_t kFields = 64, kMark = 24;
+  const CountingBloomFilter filter(kFilter);
+  const uint64_t end = filter_counters_end(filter);
+  if (text.size() < end) return;
+  put_u64(text, kFields, checksum64(bytes_of(text).first(kFields), seed));
+  put_u64(text, kFilterMarkOffset + kMark, checksum64(bytes_of(text).subspan(kFilterMarkOffset, kMark), seed));
+  for (size_t i = 0; i < filter.num_chunks(); ++i) {
+    const Bytes chunk = bytes_of(text).subspan(filter_chunk_offset(i), filter.chunk_bytes(i));
+    put_u64(text, end - (filter.num_chunks() - i) * 8, filter_chunk_checksum(chunk, i, seed));
+  }
+}
+
+Target saved_filter_target(const ScratchDirectory& scratch) {
+  const auto filter = std::make_shared<CountingBloomFilter>(kFilter);
+  filter->add(std::vector<uint64_t>{1, 2, 3, ~uint64_t{0}}, 2);
+  FilterSaver saver(scratch.path(), kSaved, filter);
+  saver.save();
+  saver.end();
+  return {"saved filter",
+          {read_file(scratch.path() / kSaved.name(), 1 << 20)},
+          [](std::string& text) { repair_filter(text, kSaved.seed()); },
+          [&scratch](const std::string& text) {
+            scratch.hold(kSaved.name(), text);
+            CountingBloomFilter read(kFilter);
+            read_saved_filter(scratch.path(), kSaved, read);
+          }};
+}
+
+Target filter_file_target(const ScratchDirectory& scratch) {
+  {
+    CountingBloomFilter filter(kFilter);
+    FilterFile file(scratch.path() / "filter", filter, true);
+    file.append(std::vector<uint64_t>{1, 2, 3}, 1);
+    file.sync();
+    file.append(std::vector<uint64_t>{4, ~uint64_t{0}}, 2);
+  }
+  const auto repair = [](std::string& text) {
+    repair_filter(text, 0);
+    for (size_t at = filter_counters_end(CountingBloomFilter(kFilter)); at + 24 <= text.size();) {
+      const uint64_t keys = get_u64(text, at);
+      if (keys > (text.size() - at - 24) / 8) return;
+      const std::string covered = text.substr(at, 16) + text.substr(at + 24, keys * 8);
+      put_u64(text, at + 16, checksum64(bytes_of(covered), at));
+      at += 24 + keys * 8;
+    }
+  };
+  return {"filter file", {read_file(scratch.path() / "filter", 1 << 20)}, repair, [&scratch](const std::string& text) {
+            const std::filesystem::path path = scratch.hold("filter", text);
+            CountingBloomFilter filter(kFilter);
+            try {
+              const FilterFile file(path, filter, true);
+            } catch (const SchemaMismatchError& refused) {  // a filter, of other settings
+              throw CorruptionError(refused.what());
+            }
           }};
 }
 
@@ -373,9 +503,11 @@ int run(int count, char** arguments) {
   }
   if (seconds >= 1e9 && runs == UINT64_MAX) seconds = 1;
   const MemoryFile file;
+  const ScratchDirectory scratch;
   int failed = 0;
   for (const Target& target : {row_target(), record_target(), segment_target(file), manifest_target(),
-                               checkpoint_target(), counters_target(), commit_mark_target(file), presence_target(file)})
+                               checkpoint_target(), counters_target(), commit_mark_target(file), presence_target(file),
+                               current_target(scratch), saved_filter_target(scratch), filter_file_target(scratch)})
     if (wanted.empty() || wanted == target.name) failed |= fuzz(target, seconds, runs, seed);
   return failed;
 }
