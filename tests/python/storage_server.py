@@ -103,13 +103,6 @@ class Served:
     def read_dump(self, path: Path, **conditions: Any) -> tuple[int, dict[int, Any]]:
         return self.storage.dump(path, **conditions), de.read_dump(path)
 
-    def train(self, steps: list[tuple[int, int, np.ndarray, np.ndarray]]) -> None:
-        """Applies (number, group, keys, gradients), and says the number before and after."""
-        for number, group, keys, gradients in steps:
-            self.connection.send(("issued", number))
-            self.embeddings[group].apply_gradients(keys, gradients)
-            self.connection.send(("applied", number))
-
 
 def serve(connection: Connection) -> None:
     connection.send(os.getpid())

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "kill_me.py"
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_bits_of_one_left_alone() -> None:
-    command = [sys.executable, str(SCRIPT), "--kills", "6", "--steps", "80"]
+    command = [sys.executable, str(SCRIPT), "--kills", "4", "--steps", "50"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal in every bit" in done.stdout

@@ -25,7 +25,7 @@ FIRST = int(os.environ.get("DAMO_RELIABILITY_SEED", "0"))
 # suite -> parts, so that the processes of a test run share it; and a stride, so that a few seeds see all kinds
 PARTS = {
     "kill": 4, "power-loss": 4, "call-fails": 6, "ext4-power-loss": 2, "disk-full": 2, "flips": 2, "cold-flips": 1,
-    "bad-input": 2, "torch-kill": 2,
+    "bad-input": 2, "any-order": 4, "torch-kill": 2,
 }  # fmt: skip
 STRIDE = {"call-fails": 23}
 
