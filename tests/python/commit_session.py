@@ -64,7 +64,7 @@ def arm(served: Served, root: Path, action: int, name: str, file_class: str, epi
     watch.arm(action, name, file_class, 1)
 
 
-def everything_changes(served: Served, filtered: Group) -> None:
+def everything_changes(served: Served) -> None:
     storage = served.storage
     served.embeddings[9].lookup(np.arange(100, 400).repeat(4))
     served.embeddings[3].erase(np.arange(-400, 0))

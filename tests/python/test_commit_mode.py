@@ -24,6 +24,8 @@ from reliability.mounts import Tmpfs
 from reliability.suite import SkippedError
 from storage_server import ForkServer, Group, Session, fork_server
 
+FILTER = de.CountingBloomFilter(capacity=1000, count=3)
+FILTERED = Group(9, de.SGD(lr=0.5), de.Zeros(), dimension=4, admission=FILTER)
 OPTIONS: dict[str, Any] = {"memory": "16MiB", "threads": 2}
 IN_MODE_COMMIT = {**OPTIONS, "durability": "commit"}
 MODES = ("commit", "logged", "durable")
@@ -255,23 +257,20 @@ def test_after_a_kill_nothing_is_there_that_another_version_would_not_know(life:
 
 
 def test_filters_lifetimes_the_clock_imports_and_groups_go_back_too(server: ForkServer, path: Path) -> None:
-    filtered = Group(
-        9, de.SGD(lr=0.5), de.Zeros(), dimension=4, admission=de.CountingBloomFilter(capacity=1000, count=3)
-    )
-    life = Life(server, path, [*GROUPS, filtered])
+    life = Life(server, path, [*GROUPS, FILTERED])
     life.open()
     life.train(4)
-    look(life, filtered, np.arange(0, 200).repeat(2))
+    look(life, FILTERED, np.arange(0, 200).repeat(2))
     life.session("storage_call", "drop_group", 4)
     kept = life.commit(1)
     assert kept["filters"][9][0] == 400
-    call(life.session, everything_changes, filtered)
+    call(life.session, everything_changes)
     changed = life.everything()
     assert changed["filters"] != kept["filters"]
     assert changed["now"] > kept["now"]
     assert {group[0] for group in changed["groups"]} == {3, 9, 200}
     life.session.kill()
-    life.open([filtered])
+    life.open([FILTERED])
     assert_same(life.everything(), kept)
     # Counted twice before the commit: the third time is the one.
     found = life.session("embedding_call", 9, "lookup", np.arange(0, 300))
@@ -352,13 +351,10 @@ def test_a_commit_of_nothing_new_builds_nothing(life: Life) -> None:
 
 
 def test_checkpoints_are_as_in_the_other_modes(tmp_path: Path, path: Path) -> None:
-    filtered = Group(
-        9, de.SGD(lr=0.5), de.Zeros(), dimension=4, admission=de.CountingBloomFilter(capacity=1000, count=3)
-    )
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     with de.Storage(path, **IN_MODE_COMMIT) as storage:
-        embedding = filtered.open(storage)
+        embedding = FILTERED.open(storage)
         embedding.lookup(np.arange(50).repeat(3))
         storage.commit(1)
         embedding.apply_gradients(np.arange(50), np.ones((50, 4), np.float32))
@@ -371,14 +367,14 @@ def test_checkpoints_are_as_in_the_other_modes(tmp_path: Path, path: Path) -> No
         options = {**OPTIONS, "durability": mode}
         with de.Storage.restore(checkpoints / "1", tmp_path / mode, **options) as storage:
             assert storage.last_commit == (1, b"")
-            embedding = filtered.open(storage)
+            embedding = FILTERED.open(storage)
             assert_same_rows(rows_of(embedding), rows)
             assert embedding.admission is not None
             assert embedding.admission.adds == adds
             assert storage.verify().damages == ()
     with de.Storage.open_or_restore(tmp_path / "third", checkpoints, **IN_MODE_COMMIT) as storage:
         assert storage.last_commit == (2, b"")
-        assert len(filtered.open(storage)) == 0
+        assert len(FILTERED.open(storage)) == 0
         storage.commit(3)
     with de.Storage.open_or_restore(tmp_path / "third", checkpoints, **IN_MODE_COMMIT) as storage:
         assert storage.restored_from is None
