@@ -52,7 +52,9 @@ std::unique_ptr<Storage> open_storage(const std::string& path, const std::string
                                       std::optional<std::pair<uint32_t, uint64_t>> ttl, uint64_t disk_bytes) {
   damo::StorageOptions options;
   options.memory_bytes = memory_bytes;
-  options.durability = durability == "durable" ? damo::Durability::kDurable : damo::Durability::kLogged;
+  options.durability = durability == "durable"  ? damo::Durability::kDurable
+                       : durability == "commit" ? damo::Durability::kCommit
+                                                : damo::Durability::kLogged;
   options.threads = threads;
   options.log_bytes = log_bytes;
   options.lifetime = lifetime_of(ttl);
@@ -136,6 +138,7 @@ nb::dict stats_of(const Storage& storage) {
   out["disk_keys_written"] = stats.store.keys_written;
   out["disk_bytes_written"] = stats.store.bytes_written;
   out["log_bytes"] = stats.log_bytes;
+  out["recovery_bytes"] = stats.recovery_bytes;
   out["sequence"] = stats.sequence;
   out["synced_sequence"] = stats.synced_sequence;
   out["redone_records"] = stats.redone_records;

@@ -81,6 +81,7 @@ void Storage::remove_old_filters() noexcept {
              name == SavedFilter{manifest_.storage_id, spec.table_id, spec.admission->saved}.name();
     });
   };
+  if (point_) return;  // a new recovery point has none of them
   // What cannot be removed now goes at the next open.
   try {
     for (const auto& entry : fs::directory_iterator(generation_)) {

@@ -108,7 +108,8 @@ CheckpointFile describe_file(const fs::path& directory, const std::string& name)
 
 }  // namespace
 
-void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilters* filters) {
+void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilters* filters,
+                  const std::function<void()>& first) {
   // Most of the log goes to disk before anybody is stopped.
   log_->sync();
   // Neither is waited for while the other is held: an operation that holds the order lock may wait for an eviction, and
@@ -117,6 +118,7 @@ void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilter
   std::unique_lock order(order_, std::defer_lock);
   std::lock(write, order);
   const auto stopped = std::chrono::steady_clock::now();
+  if (first) first();
   if (manifest_changed_) save_manifest();  // before the log counts rows of a new group
   const CutInfo info{counters(), manifest_, read_clock()};
   if (!log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
@@ -183,7 +185,7 @@ std::vector<std::string> Storage::checkpoint(const fs::path& directory, int64_t 
       if (!spec.admission || spec.admission->saved == 0) continue;
       const std::string name = SavedFilter{groups.storage_id, spec.table_id, spec.admission->saved}.name();
       // One that has not counted since it was saved.
-      if (!fs::exists(staged.path() / name)) link_or_copy(generation_ / name, staged.path() / name);
+      if (!fs::exists(staged.path() / name)) link_or_copy(record_directory() / name, staged.path() / name);
       manifest.files.push_back(describe_file(staged.path(), name));
     }
   }

@@ -117,7 +117,7 @@ fs::path live_generation(const fs::path& path) {
 
 fs::path StorageDirectory::generation() const { return live_generation(path_); }
 
-void StorageDirectory::replace_generation(const std::function<void(const fs::path&)>& build) {
+void StorageDirectory::replace_generation(const std::function<void(const fs::path&)>& build, const fs::path& working) {
   uint64_t number = 0;
   for (const auto& entry : fs::directory_iterator(path_)) {
     const std::string name = entry.path().filename();
@@ -131,6 +131,7 @@ void StorageDirectory::replace_generation(const std::function<void(const fs::pat
       write_file_atomically(path_ / "CURRENT", name + " " + checksum_text(name) + "\n");
     build(fresh);
     fsync_directory(fresh);
+    if (planted("old generations removed before the switch")) remove_generations_but(fresh, working);
     write_file_atomically(path_ / "CURRENT", name + " " + checksum_text(name) + "\n");
   } catch (...) {
     std::error_code ignored;
@@ -148,15 +149,26 @@ void StorageDirectory::replace_generation(const std::function<void(const fs::pat
     fsync_directory(path_);
     is_new_ = false;
   }
-  remove_stale_generations();
+  remove_generations_but(fresh, working);
 }
 
 void StorageDirectory::remove_stale_generations() {
   const fs::path live = generation();
-  std::error_code ignored;
-  for (const auto& entry : fs::directory_iterator(path_, ignored)) {
-    if (entry.path().filename().string().starts_with(kPrefix) && entry.path() != live)
-      fs::remove_all(entry.path(), ignored);
+  // Who switched to it may have died before that was on the disk, and power loss would undo it. Then the others count.
+  fsync_directory(path_);
+  remove_generations_but(live, {});
+}
+
+// What cannot be removed now goes at the next open.
+void StorageDirectory::remove_generations_but(const fs::path& live, const fs::path& working) noexcept {
+  try {
+    for (const auto& entry : fs::directory_iterator(path_)) {
+      const fs::path& path = entry.path();
+      std::error_code ignored;
+      if (path.filename().string().starts_with(kPrefix) && path != live && path != working)
+        fs::remove_all(path, ignored);
+    }
+  } catch (const std::exception&) {
   }
 }
 

@@ -6,6 +6,8 @@
 //   CREATING             only while a storage is being made for the first time
 //   generation-NNNNNN/   MANIFEST, rocksdb/, log/: everything of one lineage, so that a restore can
 //                        build a new one aside and switch by replacing CURRENT
+//
+// In mode commit CURRENT names the recovery point, and the process works in a generation that it does not name.
 #pragma once
 
 #include <cstdint>
@@ -40,16 +42,19 @@ class StorageDirectory {
   bool is_new() const noexcept { return is_new_; }  // there is no generation yet
   // The live generation's directory. CorruptionError when CURRENT is damaged or names nothing.
   std::filesystem::path generation() const;
-  // Calls build(directory) with a fresh, empty directory, syncs it, makes it the live generation and removes the
-  // others. When `build` throws, nothing has changed.
-  void replace_generation(const std::function<void(const std::filesystem::path&)>& build);
-  // Generations that are not live: left by a restore that was interrupted.
+  // Calls build(directory) with a fresh, empty directory, syncs it, makes it the live generation, for good, and removes
+  // the others but `working`. When `build` throws, nothing has changed. When what follows throws, either may be live.
+  void replace_generation(const std::function<void(const std::filesystem::path&)>& build,
+                          const std::filesystem::path& working = {});
+  // Generations that are not live: left by a restore that was interrupted, or by a process in mode commit.
   void remove_stale_generations();
 
   // Gives the lock up. Idempotent.
   void unlock() noexcept { lock_.reset(); }
 
  private:
+  void remove_generations_but(const std::filesystem::path& live, const std::filesystem::path& working) noexcept;
+
   std::filesystem::path path_;
   std::optional<FileLock> lock_;
   bool is_new_ = false;

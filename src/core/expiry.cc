@@ -24,6 +24,9 @@ constexpr size_t kEraseBatch = 8192;  // keys of one erase record
 // forgotten until those left need no more than kKeep. Compaction writes what stays before it deletes the files it is
 // in.
 constexpr double kFull = 0.5, kKeep = 0.3;
+// In mode commit the files of the last commit stay beside all that, until the next one: three times kFullInCommit, for
+// the recovery point, for the rows of now, and for what a compaction makes of them.
+constexpr double kFullInCommit = 0.3, kKeepInCommit = 0.18, kReserveInCommit = 0.1;
 // Of the limit: what operations may write between two looks at the directory.
 constexpr double kUnseen = 0.04;
 constexpr std::chrono::milliseconds kLookAtDisk{20};
@@ -259,7 +262,7 @@ void Storage::keep_within_disk() {
     bytes[class_of(score)] += size;
     total += size;
   });
-  const uint64_t keep = share_of_disk(kKeep);
+  const uint64_t keep = share_of_disk(kept_share());
   uint64_t forget = total > keep ? total - keep : 0;
   if (forget > 0) {
     // The classes above `last` go whole, of `last` as much as is needed.
@@ -295,6 +298,15 @@ uint64_t Storage::share_of_disk(double share) const {
   return static_cast<uint64_t>(share * static_cast<double>(options_.disk_bytes - options_.memory_bytes));
 }
 
+double Storage::kept_share() const { return logs_ ? kKeep : kKeepInCommit; }
+
+double Storage::full_share() const {
+  if (logs_) return kFull;
+  // A recovery point may be larger that was made by another mode, or under another limit. The next commit lets it go.
+  const double held = static_cast<double>(point_bytes_.load()) / static_cast<double>(share_of_disk(1));
+  return std::clamp((1 - held - kReserveInCommit) / 2, kKeepInCommit + 0.04, kFullInCommit);
+}
+
 bool Storage::waits_for_disk() const {
   return keeps_disk_ && std::this_thread::get_id() != disk_keeper_.get_id() &&
          static_cast<double>(tiers_->bytes_written() - written_before_) >
@@ -307,7 +319,7 @@ void Storage::disk_loop() {
     lock.unlock();
     try {
       const uint64_t written = tiers_->bytes_written();
-      const bool full = bytes_on_disk() > share_of_disk(kFull);
+      const bool full = bytes_on_disk() > share_of_disk(full_share());
       if (written_before_.exchange(written) != written) log_shrunk_.notify_all();
       if (full) keep_within_disk();
     } catch (const ClosedError&) {

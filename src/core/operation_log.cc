@@ -97,9 +97,11 @@ bool write_pieces(int fd, std::span<iovec> pieces, uint64_t offset) {
 }  // namespace
 
 struct OperationLog::Impl {
+  Impl() = default;  // of one that is not written
   explicit Impl(const LogOptions& log_options)
-      : options(log_options), directory("open the log", log_options.directory, O_RDONLY | O_DIRECTORY) {}
+      : written(true), options(log_options), directory("open the log", log_options.directory, O_RDONLY | O_DIRECTORY) {}
 
+  const bool written = false;
   const LogOptions options;
   const FileDescriptor directory;  // open all the time: no descriptor may be missing between a rename and its sync
 
@@ -162,6 +164,7 @@ struct OperationLog::Impl {
 
   // Waits until everything up to `sequence` is on the disk; the first thread here syncs for all that came before it.
   void sync_to(uint64_t sequence) {
+    if (!written) return;
     std::unique_lock lock(mutex);
     sequence = std::min(sequence, last);
     for (;;) {
@@ -338,6 +341,17 @@ std::unique_ptr<OperationLog> OperationLog::create(const LogOptions& options, ui
   return std::unique_ptr<OperationLog>(new OperationLog(std::move(impl)));
 }
 
+void OperationLog::replace_empty(const LogOptions& options, uint64_t first_sequence, std::string_view state) {
+  write_file_atomically(options.directory / segment_name(1),
+                        encode_segment_head(options.storage_id, 1, first_sequence, state));
+}
+
+std::unique_ptr<OperationLog> OperationLog::unwritten(uint64_t first_sequence) {
+  auto impl = std::make_unique<Impl>();
+  impl->last = impl->synced = first_sequence - 1;
+  return std::unique_ptr<OperationLog>(new OperationLog(std::move(impl)));
+}
+
 void OperationLog::check_heads(const LogOptions& options, const std::function<void(std::string_view state)>& on_state) {
   const SegmentFiles files = list_segments(options.directory);
   for (const auto& [number, path] : files.segments) {
@@ -361,6 +375,7 @@ uint64_t OperationLog::append(RecordType type, std::span<const Bytes> parts) {
   {
     const std::lock_guard lock(impl.mutex);
     impl.throw_if_failed();
+    if (!impl.written) return ++impl.last;
     sequence = impl.last + 1;
     start = impl.current->end;
   }
@@ -404,6 +419,11 @@ uint64_t OperationLog::synced_sequence() const noexcept {
   return impl_->synced;
 }
 
+void OperationLog::note_synced(uint64_t sequence) noexcept {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->synced = sequence;
+}
+
 uint64_t OperationLog::last_sequence() const noexcept {
   const std::lock_guard lock(impl_->mutex);
   return impl_->last;
@@ -411,16 +431,17 @@ uint64_t OperationLog::last_sequence() const noexcept {
 
 bool OperationLog::should_rotate() const noexcept {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->current->end > impl_->options.segment_bytes;
+  return impl_->written && impl_->current->end > impl_->options.segment_bytes;
 }
 
 bool OperationLog::newest_segment_is_empty() const noexcept {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->last < impl_->current->first_sequence;
+  return !impl_->written || impl_->last < impl_->current->first_sequence;
 }
 
 void OperationLog::rotate(std::string_view state) {
   Impl& impl = *impl_;
+  if (!impl.written) return;
   if (!planted("segment left unsynced")) impl.sync_to(UINT64_MAX);
   // Nobody syncs the old segment from here on: everything in it is synced.
   const std::shared_ptr<Segment> old = impl.current;
@@ -453,7 +474,7 @@ void OperationLog::drop_through(uint64_t sequence) {
 
 uint64_t OperationLog::bytes() const noexcept {
   const std::lock_guard lock(impl_->mutex);
-  uint64_t total = impl_->current->end;
+  uint64_t total = impl_->written ? impl_->current->end : 0;
   for (const Finished& segment : impl_->finished) total += segment.bytes;
   return total;
 }

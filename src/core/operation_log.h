@@ -55,6 +55,11 @@ class OperationLog {
   static std::unique_ptr<OperationLog> create(const LogOptions& options, uint64_t first_sequence,
                                               std::string_view state);
 
+  // The same in one file that takes the place of the only segment of a log that nobody has open. Durable on return.
+  static void replace_empty(const LogOptions& options, uint64_t first_sequence, std::string_view state);
+  // A log that is not written: it numbers what is appended, and has no file, no byte, and nothing to sync.
+  static std::unique_ptr<OperationLog> unwritten(uint64_t first_sequence);
+
   // Reads the heads alone, and gives the oldest segment's state to `on_state`: a foreign, newer or damaged head is
   // CorruptionError before anything is changed.
   static void check_heads(const LogOptions& options, const std::function<void(std::string_view state)>& on_state);
@@ -81,6 +86,8 @@ class OperationLog {
   // Returns when everything up to `sequence` is on the disk; at once if it is already.
   void sync_to(uint64_t sequence);
   uint64_t synced_sequence() const noexcept;
+  // Of a log that is not written: up to this one all is on the disk by other means.
+  void note_synced(uint64_t sequence) noexcept;
   uint64_t last_sequence() const noexcept;  // of the last record appended (first_sequence - 1 if none)
 
   bool should_rotate() const noexcept;

@@ -186,8 +186,9 @@ VerifyReport Storage::verify() {
     }
   };
   attempt(path_ / "CURRENT", [&] { (void)directory_->generation(); });
-  attempt(generation_ / "MANIFEST", [&] { read_manifest(generation_ / "MANIFEST"); });
-  const SegmentFiles log = list_segments(generation_ / "log");
+  const fs::path& record = record_directory();
+  attempt(record / "MANIFEST", [&] { read_manifest(record / "MANIFEST"); });
+  const SegmentFiles log = list_segments(record / "log");
   std::optional<uint64_t> last;
   for (const auto& [number, path] : log.segments) {
     const bool is_newest = number == log.segments.rbegin()->first;
@@ -205,9 +206,9 @@ VerifyReport Storage::verify() {
   for (const TableSpec& spec : info.manifest.tables) {
     if (!spec.admission || spec.admission->saved == 0) continue;
     const SavedFilter saved{info.manifest.storage_id, spec.table_id, spec.admission->saved};
-    attempt(generation_ / saved.name(), [&] {
+    attempt(record / saved.name(), [&] {
       CountingBloomFilter filter(spec.admission->filter);
-      read_saved_filter(generation_, saved, filter);
+      read_saved_filter(record, saved, filter);
     });
     ++report.files;
   }
@@ -215,6 +216,20 @@ VerifyReport Storage::verify() {
   const fs::path cold = generation_ / "rocksdb";
   for (const StoreDamage& damage : store_->verify(report.files, report.bytes))
     report.damages.push_back({damage.file.string(), damage.what, {}, {}, {}});
+
+  // Those of the recovery point that this process does not read itself.
+  for (const LinkedFile& file : point_ ? point_->files : std::vector<LinkedFile>()) {
+    const fs::path path = record / "rocksdb" / file.name;
+    std::error_code ignored;
+    if (fs::equivalent(path, cold / file.name, ignored)) continue;
+    attempt(path, [&] {
+      if (crc32c_of_file(path) != file.crc32c || fs::file_size(path) != file.bytes)
+        throw CorruptionError("[verify] " + path.string() + " is damaged: the checksum of its bytes (offset 0 to " +
+                              std::to_string(file.bytes) + ") does not agree");
+    });
+    ++report.files;
+    report.bytes += file.bytes;
+  }
 
   uint64_t not_in_filter = 0;
   for (const TableSpec& spec : info.manifest.tables) {
@@ -287,6 +302,8 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
     std::vector<fs::path> found;
     for (const fs::directory_entry& entry : fs::directory_iterator(from))
       if (entry.path().filename().string().starts_with("generation-")) found.push_back(entry.path());
+    // The one in which a process in mode commit worked has none, and is not a storage by itself.
+    if (found.size() > 1) std::erase_if(found, [](const fs::path& one) { return !fs::exists(one / "MANIFEST"); });
     if (found.size() != 1)
       throw CorruptionError("[salvage] " + from.string() + " has " + std::to_string(found.size()) +
                             " generations, and which of them counts is not known: " + wrong.what());

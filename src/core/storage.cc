@@ -195,6 +195,8 @@ void Storage::open_generation(const fs::path& generation) {
     tables_by_id_[spec.table_id] = tables_[spec.group].get();
   }
   load_filters();
+  // Now, for the space that the opening may need: what a process in mode commit leaves may be large.
+  directory_->remove_stale_generations();
 
   const Budget budget(options_.memory_bytes);
   StoreOptions store_options;
@@ -252,7 +254,7 @@ void Storage::open_generation(const fs::path& generation) {
       [&](const LogRecord& record) { redo(record); }, manifest_.cut);
   remove_old_filters();
   settle_lifetimes();
-  directory_->remove_stale_generations();
+  if (options_.durability == Durability::kCommit) begin_recovery_points();
   maintenance_ = start_quiet_thread([this] { maintenance_loop(); });
   prefetcher_ = start_quiet_thread([this] { prefetch_loop(); });
   if (options_.disk_bytes != 0) {
@@ -315,10 +317,15 @@ void Storage::close_now() {
   if (tiers_ && log_) {
     try {
       tiers_->throw_if_failed();
-      if (manifest_changed_) save_manifest();
-      cut_log();
+      if (!logs_) {
+        close_at_recovery_point();
+      } else {
+        if (manifest_changed_) save_manifest();
+        cut_log();
+      }
     } catch (...) {
-      // Not lost: the log has it, and the next open redoes it.
+      // Not lost if there is a log: it has it, and the next open redoes it.
+      if (!logs_) failure = std::current_exception();
       try {
         log_->sync();
       } catch (...) {
@@ -335,6 +342,12 @@ void Storage::close_now() {
   tiers_.reset();
   log_.reset();
   store_.reset();
+  if (!logs_) {
+    try {
+      directory_->remove_stale_generations();  // where this process worked
+    } catch (const std::exception&) {          // the next open removes it
+    }
+  }
   directory_->unlock();
   if (failure) std::rethrow_exception(failure);
 }
@@ -502,7 +515,8 @@ void Storage::drop_group(uint32_t group) {
 }
 
 void Storage::save_manifest() {
-  write_file_atomically(generation_ / "MANIFEST", encode_manifest(manifest_));
+  // In mode commit the next recovery point saves it.
+  if (!point_) write_file_atomically(generation_ / "MANIFEST", encode_manifest(manifest_));
   manifest_changed_ = false;
 }
 
@@ -513,6 +527,7 @@ void Storage::commit(int64_t step, std::string extra) {
   if (extra.size() > kMaxExtraBytes)
     throw std::invalid_argument("[commit] extra has " + std::to_string(extra.size()) +
                                 " bytes, expected at most 16 MiB");
+  if (!logs_) return commit_recovery_point({step, std::move(extra)});
   uint64_t sequence = 0;
   {
     const std::unique_lock order = begin_operation();
@@ -555,6 +570,7 @@ StorageStats Storage::stats() const {
   stats.clock_held_seconds = clock_held_seconds();
   stats.forgotten = forgotten_;
   const std::lock_guard order(order_);
+  stats.recovery_bytes = recovery_bytes();
   for (const auto& table : tables_) {
     if (!table) continue;
     const TableSpec& spec = table->spec();
@@ -585,6 +601,11 @@ void Storage::build_presence() {
 uint64_t Storage::cut_log() {
   const std::lock_guard cutting(cutting_);
   StorageCounters start;
+  if (!logs_) {  // there is no log, and the filters stay with the recovery point
+    cut([&](const CutInfo& info) { start = info.counters; });
+    let_expire(start);
+    return start.sequence;
+  }
   SavedFilters filters(*this, generation_);
   if (planted("log cut without a cut")) {
     const std::lock_guard order(order_);

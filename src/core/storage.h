@@ -6,6 +6,7 @@
 //   redo.cc         what the log says happened, done again after a crash
 //   expiry.cc       the clock, lifetimes, what expired, dropped groups, the limit on disk
 //   cut.cc          cut, checkpoint, restore, dump
+//   recovery_point.cc  mode commit: what a crash goes back to
 //   table.h, .cc    one group's rows: lookup, apply_gradients, erase, scan
 //
 // Thread safety: all methods of Storage and Table, from any thread. Operations that change rows are numbered,
@@ -13,7 +14,7 @@
 //
 // Errors: see error.h. ClosedError after close(), ForkedHandleError in a forked child. When the log or the cold tier
 // fails to write, the storage latches: reads go on, every later change throws the first error; reopening redoes what
-// was logged.
+// was logged, or in mode commit goes back to the last commit.
 #pragma once
 
 #include <array>
@@ -43,6 +44,7 @@
 namespace damo {
 
 enum class Durability {
+  kCommit,   // an operation is applied when it returns, and not logged: a crash goes back to the last commit
   kLogged,   // an operation is in the log when it returns: survives the death of the process
   kDurable,  // and synced: survives power loss
 };
@@ -69,8 +71,9 @@ struct StorageStats {
   TiersStats tiers;
   StoreStats store;
   uint64_t log_bytes = 0;
+  uint64_t recovery_bytes = 0;  // table files that only the recovery point has, in mode commit
   uint64_t sequence = 0;
-  uint64_t synced_sequence = 0;
+  uint64_t synced_sequence = 0;    // in mode commit: that of the recovery point
   uint64_t redone_records = 0;     // at the last open
   int64_t clock_held_seconds = 0;  // how far the clock is ahead of what is believed
   uint64_t forgotten = 0;          // rows erased to keep within disk_bytes
@@ -117,7 +120,9 @@ class Storage {
   // std::invalid_argument when there is no such group.
   void drop_group(uint32_t group);
 
-  // Syncs the log: all that returned before survives power loss. `step` and `extra` come back as last_commit().
+  // All that returned before survives power loss: syncs the log, or in mode commit makes a new recovery point. `step`
+  // and `extra` come back as last_commit(). In mode commit, when it throws: the storage goes on, the recovery point is
+  // the one of before, and another commit may succeed. (Where only the last sync failed a crash may find the new one.)
   void commit(int64_t step, std::string extra);
   std::optional<CommitRecord> last_commit() const;
 
@@ -165,7 +170,8 @@ class Storage {
   const std::filesystem::path& path() const noexcept { return path_; }
   bool closed() const noexcept { return closed_.load(); }
   // Writes changed rows to the cold tier, then lets go of the directory. When that write fails (a full disk), the log
-  // keeps them and the next open redoes it. Waits for calls in flight. Idempotent.
+  // keeps them and the next open redoes it; in mode commit it throws, and the storage is at its last recovery point.
+  // Waits for calls in flight. Idempotent.
   void close();
 
  private:
@@ -230,6 +236,8 @@ class Storage {
   void disk_loop();
   uint64_t bytes_on_disk() const;
   uint64_t share_of_disk(double share) const;
+  double full_share() const;    // of the limit, above which rows are forgotten
+  double kept_share() const;    // until those left need no more than this
   bool waits_for_disk() const;  // whether this thread's operations wait for the disk keeper
 
   struct CutInfo {
@@ -242,12 +250,33 @@ class Storage {
   class SavedFilters;
   // One cut; `closed` runs while the cold tier is exactly the cut. `filters`: which began to be saved at it, all that
   // have counted keys since they were saved last; cutting_ is held, for they are saved for one cut at a time.
-  void cut(const std::function<void(const CutInfo&)>& closed, SavedFilters* filters = nullptr);
+  // `first`: what is done before it, the order lock held, with no operation in between; when it throws there is no cut.
+  void cut(const std::function<void(const CutInfo&)>& closed, SavedFilters* filters = nullptr,
+           const std::function<void()>& first = {});
   void adopt_files(const SavedFilters& filters, uint64_t cut);  // the manifest names them from now on; cutting_ held
   std::shared_ptr<const StoreSnapshot> snapshot(CutInfo& info);
 
   // A cut, after which the log below it is not needed any more. Returns its sequence number.
   uint64_t cut_log();
+
+  // Mode commit: what a crash goes back to; recovery_point.cc.
+  struct RecoveryPoint {
+    std::filesystem::path directory;  // the generation that CURRENT names
+    std::vector<LinkedFile> files;    // below rocksdb/
+    uint64_t sequence = 0;
+    std::string manifest;  // as encoded; empty: it is not sure that CURRENT names it
+  };
+  void begin_recovery_points();  // at open, once all that the log has is redone
+  // `first` as cut()'s; cutting_ held.
+  void make_recovery_point(const std::function<void()>& first, bool with_presence);
+  bool is_recovery_point() const;  // whether a new one would be equal; the order lock and cutting_ held
+  bool advance_recovery_point(const std::function<void()>& first);
+  void commit_recovery_point(CommitRecord record);
+  void close_at_recovery_point();
+  uint64_t recovery_bytes() const;  // the order lock is held
+  // Where MANIFEST, log and filters are.
+  const std::filesystem::path& record_directory() const { return point_ ? point_->directory : generation_; }
+
   std::filesystem::path presence_file() const { return generation_ / "presence"; }
   void build_presence();
   void maintenance_loop();
@@ -269,6 +298,10 @@ class Storage {
   std::unique_ptr<Store> store_;
   std::unique_ptr<OperationLog> log_;
   std::unique_ptr<Tiers> tiers_;
+  bool logs_ = true;  // false in mode commit, from the end of the opening on
+  // Then; written under cutting_ and the order lock.
+  std::unique_ptr<RecoveryPoint> point_;
+  std::atomic<uint64_t> point_bytes_{0};  // of its table files
 
   mutable std::mutex order_;  // protects what follows, and the order of operations
   Manifest manifest_;

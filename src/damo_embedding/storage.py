@@ -143,8 +143,10 @@ class Storage:
             the next. The process's resident memory grows by no more than this plus 10 %, beside the arrays of
             the batches themselves.
         durability: "logged" (an operation survives the death of the process when its call returns; power loss
-            goes back to the last commit plus a prefix of what followed) or "durable" (it survives power
-            loss as well: the log is synced before the call returns).
+            goes back to the last commit plus a prefix of what followed), "durable" (it survives power
+            loss as well: the log is synced before the call returns), or "commit" (nothing is logged: a crash of
+            either kind goes back to the last `commit`, or to the opening if there was none, exactly). May differ
+            from one open to the next.
         threads: Threads of one call; None: one per core. Results do not depend on it.
         log_bytes: The operation log is cut when it is larger than this (bytes, or a text as for `memory`; at
             least 1 MiB). None: max(1 GiB, 4 x memory), at most an eighth of the free disk.
@@ -155,7 +157,8 @@ class Storage:
         disk: What the directory may take (bytes, or a text as for `memory`; at least 64 MiB and 4 x memory).
             When it fills, the rows that were updated least often and longest ago are erased
             (`stats()["forgotten"]`). It has to hold the files that a compaction replaces beside the new ones, so
-            that the rows that stay take about a third of it. None: no limit.
+            that the rows that stay take about a third of it; in mode "commit", which has the files of the last
+            commit as well, about a fifth. None: no limit.
 
     Raises:
         AlreadyOpenError: The directory is open elsewhere.
@@ -208,8 +211,8 @@ class Storage:
                 if memory_bytes < 2**48
                 else f"[open] memory is {memory_bytes} bytes, expected less than 2**48"
             )
-        if durability not in ("logged", "durable"):
-            raise ValueError(f'[open] durability is {durability!r}, expected "logged" or "durable"')
+        if durability not in ("commit", "logged", "durable"):
+            raise ValueError(f'[open] durability is {durability!r}, expected "commit", "logged" or "durable"')
         count = 0 if threads is None else _parse_int("open", "threads", threads, 1, 1024)
         log = 0 if log_bytes is None else parse_bytes("log_bytes", log_bytes)
         if log_bytes is not None and not 2**20 <= log < 2**62:
@@ -517,7 +520,11 @@ class Storage:
         return found[0]
 
     def commit(self, step: int | None = None, extra: bytes | str | None = None) -> None:
-        """Syncs the log: everything that returned before survives power loss.
+        """Everything that returned before survives power loss.
+
+        Syncs the log. In mode "commit", which has none, it writes the changed rows and keeps the storage as it is now
+        in its directory, for the next opening after a crash: that costs what changed since the last commit, and the
+        files of before stay until the next one.
 
         Args:
             step: A number of yours, at least 0, e.g. the training step.
@@ -527,7 +534,8 @@ class Storage:
 
         Raises:
             StorageError: The log could not be written or synced. After a failed sync the storage takes no
-                more changes until it is opened again.
+                more changes until it is opened again. In mode "commit": the disk is full, or refused. The last commit
+                stands, the storage goes on, and a later commit may succeed.
         """
         self._core.commit(*_step_and_extra("commit", step, extra))
         if (held := self._core.clock_held_seconds) > 0:
@@ -734,7 +742,9 @@ class Storage:
           disk_keys_found, disk_keys_written, disk_bytes_written: what was asked of it and written to it,
           without its compactions.
         - log_bytes, sequence, synced_sequence, redone_records: size of the operation log, number of the last
-          operation, the last one that is synced, and how many records were redone at opening.
+          operation, the last one that is synced, and how many records were redone at opening. In mode "commit" the
+          first is 0, and synced is what the last commit kept. recovery_bytes: table files that are only there
+          for going back to it; disk_bytes does not count them.
         - clock_held_seconds: how far the clock is ahead of what is believed before `expire` confirms it.
           forgotten: rows erased to keep within `disk`.
         - groups: for each, group, name, dimension, rows, step (applied updates), row_bytes (of a stored row,
@@ -755,6 +765,8 @@ class Storage:
         rows, and the next open does them again.
 
         Raises:
+            StorageError: In mode "commit", which has no log, the changed rows could not be written: the storage is
+                what it was at the last commit.
             ValueError: Called by the `progress` of a dump, which it would wait for.
         """
         if threading.get_ident() in self._dumping:

@@ -133,6 +133,42 @@ std::vector<uint64_t> make_log(const LogOptions& options, int synced, int unsync
 
 // ------------------------------------------------------------- what is kept
 
+TEST_CASE("operation log: one that is not written numbers its records and has no byte") {
+  const std::unique_ptr<OperationLog> log = OperationLog::unwritten(kFirst);
+  CHECK(log->last_sequence() == kFirst - 1);
+  CHECK(log->synced_sequence() == kFirst - 1);
+  CHECK(append(*log, std::string(1 << 20, 'x')) == kFirst);
+  CHECK(append(*log, "y") == kFirst + 1);
+  log->sync();
+  log->sync_to(kFirst + 1);
+  CHECK(log->last_sequence() == kFirst + 1);
+  CHECK(log->synced_sequence() == kFirst - 1);
+  log->note_synced(kFirst);
+  CHECK(log->synced_sequence() == kFirst);
+  CHECK(log->bytes() == 0);
+  CHECK_FALSE(log->should_rotate());
+  CHECK(log->newest_segment_is_empty());
+  log->rotate("state");
+  log->drop_through(UINT64_MAX);
+  CHECK(log->bytes() == 0);
+}
+
+TEST_CASE("operation log: an empty one is replaced in one file, by the bytes that create writes") {
+  const TemporaryDirectory directory, other;
+  const LogOptions options = options_in(directory);
+  OperationLog::create(options, kFirst, "before");
+  OperationLog::replace_empty(options, kFirst + 5, "after");
+  CHECK(segments_in(directory) == 1);
+  const Contents contents = read_log(options);
+  CHECK(contents.first_sequence == kFirst + 5);
+  CHECK(contents.state == "after");
+  CHECK(contents.records.empty());
+  OperationLog::create(options_in(other), kFirst + 5, "after");
+  CHECK(read_bytes(segment(directory, 1)) == read_bytes(segment(other, 1)));
+  Contents again;
+  CHECK(append(*recover(options, again), "x") == kFirst + 5);
+}
+
 TEST_CASE("log: records come back in order over rotations, whatever their length and number of parts") {
   TemporaryDirectory directory;
   auto options = options_in(directory);

@@ -21,8 +21,10 @@
 #include <tuple>
 #include <vector>
 
+#include "directory.h"
 #include "error.h"
 #include "file.h"
+#include "rescue.h"
 #include "system_faults.h"
 #include "temporary_directory.h"
 
@@ -1321,6 +1323,85 @@ TEST_CASE("storage: in mode durable an operation returns synced, in mode logged 
     stats = storage->stats();
     CHECK(stats.synced_sequence == stats.sequence);
   }
+}
+
+TEST_CASE("storage: in mode commit each commit keeps one moment of a storage that other threads change") {
+  const TemporaryDirectory directory;
+  StorageOptions options = small_options();
+  options.durability = Durability::kCommit;
+  const auto storage = open(directory / "s", options);
+  Table& a = storage->table(spec_of(1, 400));
+  Table& b = storage->table(spec_of(2, 300, "adagrad"));
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (Table* table : {&a, &b}) {
+    threads.emplace_back([&, table] {
+      for (uint64_t step = 0; !stop; ++step) {
+        const StepBatch batch(step, 300, 20'000, table->spec().dimension);
+        table->apply_gradients(batch.keys, batch.gradients.data(), std::nullopt);
+        if (step % 3 == 0) table->erase(std::span(batch.keys).first(50));
+      }
+    });
+  }
+  for (int64_t number = 0; number < 6; ++number) {
+    const uint64_t before = storage->stats().sequence;
+    storage->commit(number, "x");
+    const StorageStats stats = storage->stats();
+    CHECK(stats.synced_sequence > before);
+    CHECK(stats.log_bytes == 0);
+    // As a crash would leave it.
+    const fs::path copy = directory / ("copy" + std::to_string(number));
+    fs::create_directory(copy);
+    fs::copy(directory / "s" / "CURRENT", copy);
+    const fs::path live = live_generation(directory / "s");
+    fs::copy(live, copy / live.filename(), fs::copy_options::recursive);
+    const auto found = open(copy);
+    const StorageStats there = found->stats();
+    CHECK(there.sequence == stats.synced_sequence);
+    CHECK(there.redone_records == 0);
+    REQUIRE(found->last_commit());
+    CHECK(found->last_commit()->step == number);
+    CHECK(there.groups.size() == 2);
+    const VerifyReport report = found->verify();  // compares the counts with the rows
+    CHECK(report.damages.empty());
+    CHECK(report.rows > 0);
+  }
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+  CHECK(storage->stats().tiers.evicted > 0);
+}
+
+TEST_CASE("storage: in mode commit a failed commit leaves the recovery point, and a failed close says so") {
+  const FaultScope faults;
+  const TemporaryDirectory directory;
+  StorageOptions options = small_options();
+  options.durability = Durability::kCommit;
+  const StepBatch batch(1, 100, 50, 8);
+  {
+    const auto storage = open(directory / "s", options);
+    Table& table = storage->table(spec_of(1, 8));
+    table.apply_gradients(batch.keys, batch.gradients.data(), std::nullopt);
+    storage->commit(1, "");
+    const fs::path live = live_generation(directory / "s");
+    for (const bool changed : {false, true}) {
+      if (changed) table.apply_gradients(batch.keys, batch.gradients.data(), std::nullopt);
+      system_faults.fsync_directory_error = EIO;
+      CHECK_THROWS_AS(storage->commit(2, ""), StorageError);
+      CHECK(live_generation(directory / "s") == live);
+      CHECK(storage->last_commit()->step == 1);
+      system_faults.clear();
+    }
+    storage->commit(3, "");
+    CHECK(live_generation(directory / "s") != live);
+    table.apply_gradients(batch.keys, batch.gradients.data(), std::nullopt);
+    system_faults.fsync_directory_error = EIO;
+    CHECK_THROWS_AS(storage->close(), StorageError);
+    CHECK(storage->closed());
+  }
+  system_faults.clear();
+  const auto storage = open(directory / "s");
+  CHECK(storage->last_commit()->step == 3);
+  CHECK(storage->table(spec_of(1, 8)).step() == 2);
 }
 
 TEST_CASE("storage: after close every verb is ClosedError; closing again is nothing") {

@@ -618,6 +618,7 @@ STATS = {
     "rows", "hot_rows", "hot_bytes", "hot_bytes_in_use", "hits", "misses", "cold_hits", "created", "evictions",
     "written_back", "write_waits", "cuts", "cut_rows", "cut_displaced", "cut_pause_seconds", "disk_bytes", "disk_files",
     "disk_cache_bytes", "disk_keys_read", "disk_keys_found", "disk_keys_written", "disk_bytes_written", "log_bytes",
+    "recovery_bytes",
     "sequence", "synced_sequence", "redone_records", "groups",
 }  # fmt: skip
 
@@ -862,9 +863,9 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "memory of more digits than there are": ({"memory": "9" * 400}, ValueError, "memory is '999.*expected a size"),
     "memory of no number": ({"memory": "much"}, ValueError, "memory is 'much'"),
     "durability": (
-        {"durability": "commit"},
+        {"durability": "never"},
         ValueError,
-        'durability is \'commit\', expected "logged" or "durable"',
+        'durability is \'never\', expected "commit", "logged" or "durable"',
     ),
     "durability None": ({"durability": None}, ValueError, "durability is None"),
     "threads 0": ({"threads": 0}, ValueError, "threads is 0, expected 1 to 1024"),

@@ -823,11 +823,12 @@ std::vector<LinkedFile> RocksdbStore::link_into(const fs::path& directory) {
       const fs::path to = directory / file.relative_filename;
       LinkedFile& linked = files.emplace_back(LinkedFile{file.relative_filename, file.size, 0});
       if (file.file_type == rocksdb::kTableFile) {
+        // Its bytes are synced: RocksDB takes no table that is not, and a copy of one is. The name is synced with the
+        // directory, once for all: a sync for each of a thousand files would cost a second.
         link_or_copy(from, to);
         if (file.file_checksum_func_name != rocksdb::kStandardDbFileChecksumFuncName || file.file_checksum.size() != 4)
           throw StorageError("[link_into] " + from.string() + ": RocksDB knows no CRC-32C of this table");
         for (const char byte : file.file_checksum) linked.crc32c = linked.crc32c << 8 | static_cast<uint8_t>(byte);
-        fsync_file(to);
         continue;
       }
       std::string text = file.replacement_contents;

@@ -175,7 +175,7 @@ class BadInput(Suite):
             for name, f in (("Storage", de.Storage), ("create", de.Storage.create), ("open", de.Storage.open))
             for argument, rule in (
                 ("memory", size),
-                ("durability", one_of("logged", "durable")),
+                ("durability", one_of("commit", "logged", "durable")),
                 ("threads", either(one_of(None), integer(1, 1024))),
                 (
                     "log_bytes",

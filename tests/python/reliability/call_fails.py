@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import errno
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from reliability import faults, trainee
-from reliability.oracle import Operation, Oracle
+from reliability.oracle import Moment, Operation, Oracle
 from reliability.suite import (
     DiedError,
     Kept,
@@ -62,6 +62,10 @@ class Scenario:
     operations: list[Operation]
     options: dict[str, Any]
     counts: dict[str, int]
+
+    @property
+    def in_mode_commit(self) -> bool:
+        return bool(self.options["durability"] == "commit")
 
 
 class CallFails(ServedSuite):
@@ -126,10 +130,15 @@ class CallFails(ServedSuite):
             told = listen(session)
             assert told.ended, f"{told}"
             assert not told.raised, f"{told}"
-            expect(oracle, operations, told)
+            before = oracle.moment(())
+            expected = expect(oracle, operations, told)
         finally:
             session.kill()
-        oracle = oracle.from_here(oracle.sequence)
+        left = oracle.sequence
+        if options["durability"] == "commit":
+            (moment,) = expected.moments(oracle, operations, told.done, told.issued, before)
+            left = moment.sequence
+        oracle = oracle.from_here(left)
         scenario = Scenario(shape, base, oracle, workload.draw(25), options, {})
         # Once without a failure, to count the calls. A failure that never comes counts memory, too.
         with scratch() as directory:
@@ -158,6 +167,7 @@ class CallFails(ServedSuite):
         shutil.copytree(scenario.base, base)
         oracle = scenario.oracle.from_here(scenario.oracle.sequence)  # the scenario's own stays where it is
         made: list[Kept] = []
+        moments = [oracle.moment()] if scenario.in_mode_commit else None
         raised: list[Any] = []
         session = self.server.session()
         try:
@@ -172,22 +182,26 @@ class CallFails(ServedSuite):
                     session.start("call", trainee.train, scenario.operations, oracle.now, after_errors=True)
                     told = listen(session)
                     raised = [(scenario.operations[place].verb, *error) for place, error in told.raised.items()]
-                    alive = follow(told, scenario.operations, oracle, base, made, may_die=call == "allocate")
+                    alive = follow(told, scenario.operations, oracle, base, made, moments, may_die=call == "allocate")
                     if told.died:
                         raise DiedError("train")
                 hit = ask(session, trainee.disarm)[0]
                 if alive:
                     read_on(session, oracle)
                     if random.random() < 0.5:
+                        if moments is not None:
+                            moments.append(oracle.moment())  # whether it closes or not
                         refused = ask(session, trainee.try_to_close)
                         assert refused is None or refused[0] in TYPED, f"closing raised {refused}"
+                        if moments is not None and refused is None:
+                            moments[:] = moments[-1:]
             except DiedError as died:
                 # The C++ library and RocksDB end the process where they cannot say that memory ran out: as a kill.
                 if call != "allocate":
                     raise AssertionError(f"the process died in {died}") from died
                 hit = "allocate, which ended the process"
             session.kill()
-            self._reopen(random, base, scenario, oracle, made)
+            self._reopen(random, base, scenario, oracle, made, moments)
         except AssertionError as wrong:
             wrong.add_note(f"raised: {raised[:3]}")
             raise
@@ -197,13 +211,22 @@ class CallFails(ServedSuite):
         self.done["failed calls"] += bool(hit)
 
     def _reopen(
-        self, random: np.random.Generator, base: Path, scenario: Scenario, oracle: Oracle, made: list[Kept]
+        self,
+        random: np.random.Generator,
+        base: Path,
+        scenario: Scenario,
+        oracle: Oracle,
+        made: list[Kept],
+        moments: list[Moment] | None,
     ) -> None:
         session = self.server.session()
         try:
             found = ask(session, trainee.recover, base, scenario.shape.name, draw_options(random, scenario.shape))
-            low = oracle.sequence - int(oracle.last_may_be_missing)
-            oracle.compare(found, max(low, scenario.oracle.sequence), oracle.sequence, failed=True)
+            if moments is not None:
+                oracle.compare_moments(found, moments, failed=True)
+            else:
+                low = oracle.sequence - int(oracle.last_may_be_missing)
+                oracle.compare(found, max(low, scenario.oracle.sequence), oracle.sequence, failed=True)
         finally:
             session.kill()
         if made:
@@ -217,23 +240,38 @@ def follow(
     oracle: Oracle,
     base: Path,
     made: list[Kept],
+    moments: list[Moment] | None = None,
     may_die: bool = False,
 ) -> bool:
-    """Does in the oracle what happened. Whether the storage can be read on."""
+    """Does in the oracle what happened. Whether the storage can be read on.
+
+    `moments`: in mode commit, what it may go back to; what is kept from now on takes their place.
+    """
     if not may_die:
         assert told.ended, f"the process died in operation {told.issued}, {operations[told.issued].verb}"
     follow_from = 0
     for place, operation in enumerate(operations[: told.issued + 1]):
         if place < follow_from:
             continue
+        keeps = operation.verb in ("commit", "reopen")
         if place in told.raised:
             name, text, sequence = told.raised[place]
             assert name in TYPED, f"{operation.verb} raised {name}: {text}"
             if sequence < 0:
                 assert operation.verb == "reopen", f"{operation.verb} left a storage that does not answer: {text}"
+                if moments is not None:
+                    moments.append(oracle.moment())  # it may have been closed
                 return False
             if sequence == oracle.sequence:
                 made += kept(base, expect(oracle.from_here(sequence), [operation]), -1)
+                continue
+            if moments is not None and operation.verb == "commit":
+                # It may be kept all the same, where only the end of it failed.
+                tried = oracle.from_here(oracle.sequence)
+                tried.perform(operation)
+                moments.append(tried.moment())
+                oracle.perform(replace(operation, verb="lost commit"))
+                assert sequence == oracle.sequence, f"commit raised {text}, after {sequence} operations"
                 continue
             # It is in the log, and something after that failed.
             made += kept(base, expect(oracle, [operation]), -1)
@@ -246,13 +284,18 @@ def follow(
                 assert not {"commit", "checkpoint"}.intersection(until), f"went on with {until}"
                 if reopened is None:
                     return False
+                assert moments is None, "a storage in mode commit was closed as if nothing were missing"
                 follow_from = reopened
         elif place in told.answers:
             answer = Told(answers={0: told.answers[place]})
             made += kept(base, expect(oracle, [operation], answer), 0)
+            if moments is not None and keeps:
+                moments[:] = [oracle.moment()]
         else:  # in which it died; it may have happened
             made += kept(base, expect(oracle, [operation]), -1)
             oracle.last_may_be_missing = operation.verb in ("apply_gradients", "lookup", "erase", "commit")
+            if moments is not None and keeps:
+                moments.append(oracle.moment())
     return True
 
 

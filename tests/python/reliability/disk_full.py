@@ -11,7 +11,7 @@ import numpy as np
 from reliability import trainee
 from reliability.call_fails import follow, read_on
 from reliability.mounts import Tmpfs
-from reliability.oracle import Oracle
+from reliability.oracle import Found, Moment, Oracle
 from reliability.suite import DiedError, Kept, ServedSuite, ask, check_kept, expect, listen, make_base, scratch
 from reliability.workload import SMALL, START, Workload, draw_options
 
@@ -57,37 +57,39 @@ class DiskFull(ServedSuite):
             told = listen(session)
             assert told.ended, f"{told}"
             assert not told.raised, f"{told}"
-            expect(oracle, before, told)
+            moments = [oracle.moment()] if options["durability"] == "commit" else None
+            follow(told, before, oracle, base, made, moments)
+            made.clear()
             self.disk.leave(pages)
             operations = workload.draw(80, without=("reopen",))
             session.start("call", trainee.train, operations, oracle.now, after_errors=True)
             told = listen(session)
-            follow(told, operations, oracle, base, made)
+            follow(told, operations, oracle, base, made, moments)
             read_on(session, oracle)
             if told.raised:
                 self.done["noticed"] += 1
+            whole = oracle  # which knows all that checkpoints and dumps may be of
             if random.random() < 0.3:
-                self._reopen_when_full(session, random, base, options)
+                self._reopen_when_full(session, random, base, options, oracle, moments)
                 session = self.server.session()
                 self.disk.make_space()
-                oracle.compare(
-                    ask(session, trainee.recover, base, SMALL.name, options), *[oracle.sequence] * 2, failed=True
-                )
+                found = ask(session, trainee.recover, base, SMALL.name, options)
+                oracle = self._compare(found, oracle, moments)
             else:
                 self.disk.make_space()
                 again = workload.draw(10, without=("reopen",))
                 session.start("call", trainee.train, again, oracle.now, after_errors=True)
                 told = listen(session)
-                follow(told, again, oracle, base, made)
+                follow(told, again, oracle, base, made, moments)
                 self.done["went on at once" if not told.raised else "needed a reopening"] += 1
                 if random.random() < 0.5:
-                    ask(session, trainee.try_to_close)
+                    self._close(session, oracle, moments)
             session.kill()
             session = self.server.session()
             found = ask(session, trainee.recover, base, SMALL.name, options)
-            oracle.compare(found, oracle.sequence, oracle.sequence, failed=True)
+            oracle = self._compare(found, oracle, moments)
             if made:
-                check_kept(self.server, made[int(random.integers(len(made)))], SMALL, options, oracle)
+                check_kept(self.server, made[int(random.integers(len(made)))], SMALL, options, whole)
             last = workload.draw(10)
             session.start("call", trainee.train, last, oracle.now)
             told = listen(session)
@@ -106,11 +108,34 @@ class DiskFull(ServedSuite):
             (self.disk.directory / "filler").unlink(missing_ok=True)
             shutil.rmtree(base, ignore_errors=True)
 
-    def _reopen_when_full(self, session: Any, random: np.random.Generator, base: Any, options: dict[str, Any]) -> None:
+    def _compare(self, found: Found, oracle: Oracle, moments: list[Moment] | None) -> Oracle:
+        """Everything is there, or in mode commit what was kept; the oracle that goes on from there."""
+        if moments is None:
+            oracle.compare(found, oracle.sequence, oracle.sequence, failed=True)
+            return oracle
+        moment = oracle.compare_moments(found, moments, failed=True)
+        moments[:] = [moment]
+        self.done["back at a commit"] += 1
+        return oracle.from_moment(moment)
+
+    def _close(self, session: Any, oracle: Oracle, moments: list[Moment] | None) -> None:
+        refused = ask(session, trainee.try_to_close)
+        assert refused is None or refused[0] == "StorageError", f"closing raised {refused}"
+        if moments is not None:
+            moments[:] = [*(moments if refused else []), oracle.moment()]
+
+    def _reopen_when_full(
+        self,
+        session: Any,
+        random: np.random.Generator,
+        base: Any,
+        options: dict[str, Any],
+        oracle: Oracle,
+        moments: list[Moment] | None,
+    ) -> None:
         """Closing and opening on a full disk may fail, typed, and must change nothing."""
         if random.random() < 0.5:
-            refused = ask(session, trainee.try_to_close)
-            assert refused is None or refused[0] == "StorageError", f"closing raised {refused}"
+            self._close(session, oracle, moments)
         session.kill()
         other = self.server.session()
         refused = ask(other, trainee.try_to_open, base, SMALL.name, options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,6 +44,15 @@ class Numbers:
     steps: dict[int, int]
     clock: int
     last_commit: Commit | None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a storage in mode commit may go back to."""
+
+    sequence: int
+    last_commit: Commit | None
+    groups: frozenset[int] | None = None  # all that exist; None: not known
 
 
 @dataclass
@@ -119,6 +128,9 @@ class Oracle:
             self._last_commit = (operation.number, operation.extra)
             self._changed(-1, [])
             return None
+        if operation.verb == "lost commit":  # one that failed, in mode commit: its number is gone
+            self._changed(-1, [])
+            return None
         if operation.verb not in ("apply_gradients", "lookup", "lookup_only", "contains", "erase"):
             return None
         table = self.tables[operation.group]
@@ -183,6 +195,19 @@ class Oracle:
             np.array([row.time for _, row in rows], np.int64),
         )
 
+    def moment(self, groups: Iterable[int] | None = None) -> Moment:
+        """The storage as it is now; `groups`: those that exist, where that is known."""
+        return Moment(self.sequence, self._last_commit, None if groups is None else frozenset(groups))
+
+    def moment_at(self, sequence: int, groups: Iterable[int]) -> Moment:
+        return Moment(sequence, self.numbers_at(sequence).last_commit, frozenset(groups))
+
+    def from_moment(self, moment: Moment) -> Oracle:
+        other = self.from_here(moment.sequence)
+        other._last_commit = moment.last_commit
+        other._numbers = [other._current_numbers()]
+        return other
+
     def from_here(self, sequence: int) -> Oracle:
         """Another oracle that goes on from this sequence number and knows nothing from before it."""
         numbers = self.numbers_at(sequence)
@@ -226,6 +251,22 @@ class Oracle:
                 f"group {group}, key {key} after operation {sequence}: the row says operation {row_sequence} and "
                 f"step {step}, expected {version[0]} and {version[1].step}"
             )
+
+    def compare_moments(self, found: Found, moments: Sequence[Moment], failed: bool = False) -> Moment:
+        """As compare, of what mode commit may come back with: exactly one of these. Returns which."""
+        for moment in moments:
+            if (moment.sequence, moment.last_commit) != (found.sequence, found.numbers.last_commit):
+                continue
+            if moment.groups is not None and moment.groups != found.groups:
+                continue
+            usual = self.numbers_at(moment.sequence).last_commit  # that of a commit which failed may be there instead
+            as_usual = replace(found, numbers=replace(found.numbers, last_commit=usual))
+            self.compare(as_usual, moment.sequence, moment.sequence, failed)
+            return moment
+        raise AssertionError(
+            f"mode commit came back with operation {found.sequence}, last commit {found.numbers.last_commit}, groups "
+            f"{sorted(found.groups)}, expected one of {moments}"
+        )
 
     def compare_group(self, group: int, found: Rows, sequence: int) -> None:
         _compare_rows(f"group {group} after operation {sequence}", found, self.rows_at(sequence)[group])

@@ -16,7 +16,7 @@ import numpy as np
 
 from reliability import faults, trainee
 from reliability.journal import Disk, Event, Loss, read_journal
-from reliability.oracle import Operation, Oracle
+from reliability.oracle import Found, Moment, Operation, Oracle
 from reliability.suite import (
     Expected,
     ServedSuite,
@@ -44,7 +44,17 @@ class Recorded:
     floor: int  # the sequence number that was safe before it
     operations: list[Operation]
     expected: Expected
-    durable: bool
+    durability: str
+    before: Moment
+    closed: bool  # at its end
+
+    def moments_at(self, done: int, issued: int) -> list[Moment]:
+        """In mode commit: what it may go back to."""
+        moments = self.expected.moments(self.oracle, self.operations, done, issued, self.before)
+        if self.closed and done == len(self.operations) - 1:
+            assert self.before.groups is not None
+            moments.append(self.oracle.moment(self.before.groups | set(self.expected.opened)))
+        return moments
 
     def range_at(self, position: int, everything_kept: bool) -> tuple[int, int, int, int]:
         """After the first `position` events: the least and greatest sequence number; the last place done, issued."""
@@ -59,14 +69,17 @@ class Recorded:
         if everything_kept:  # as after a kill
             low = self.expected.sequence(done)
         else:
-            low = self.expected.last_durable(self.operations, done, self.durable)
+            low = self.expected.last_durable(self.operations, done, self.durability == "durable")
         return max(low, self.floor), self.expected.sequence(issued), done, issued
 
 
 class PowerLoss(ServedSuite):
     name = "power-loss"
     title = "simulated power loss: unsynced bytes and directory entries are dropped"
-    promise = "what was committed, or returned in mode durable, is there, and a prefix of what followed, nothing torn"
+    promise = (
+        "what was committed, or returned in mode durable, is there, and a prefix of what followed, nothing torn; "
+        "in mode commit exactly the last commit"
+    )
     unit = "disks"
     small = 1_000
     full = 50_000
@@ -79,7 +92,7 @@ class PowerLoss(ServedSuite):
         shape = draw_shape(random, tight=0.1)
         with scratch() as directory:
             origin = make_base(directory / "origin")
-            self.explore(seed, random, shape, origin, Oracle(shape.groups, START), 0, STATES)
+            self.explore(seed, random, shape, origin, Oracle(shape.groups, START), set(), 0, STATES)
 
     def explore(
         self,
@@ -88,11 +101,12 @@ class PowerLoss(ServedSuite):
         shape: Shape,
         origin: Path,
         oracle: Oracle,
+        groups: set[int],
         depth: int,
         states: int,
     ) -> None:
         """Records a run from `origin`, which holds what the oracle has now, and looks at what losses leave of it."""
-        run = self.record(seed, random, shape, origin, oracle, depth)
+        run = self.record(seed, random, shape, origin, oracle, groups, depth)
         disk = Disk(origin)
         at = 0
         for number, position in enumerate(sorted(self._positions(random, run, states))):
@@ -109,11 +123,13 @@ class PowerLoss(ServedSuite):
             make_base(base)
             deeper = depth + 1 < DEPTH and number % 6 == 5
             try:
-                sequence = self.check(random, shape, run, position, kind == "nothing", base, keep=not deeper)
+                found = self.check(random, shape, run, position, kind == "nothing", base, keep=not deeper)
                 self.done["disks"] += 1
                 self.done[f"lost: {kind}"] += 1
+                self.done[f"mode {run.durability}"] += 1
                 if deeper:
-                    self.explore(seed, random, shape, base, run.oracle.from_here(sequence), depth + 1, states // 4)
+                    oracle = run.oracle.from_here(found.sequence)
+                    self.explore(seed, random, shape, base, oracle, found.groups, depth + 1, states // 4)
             except AssertionError as error:
                 error.add_note(where)
                 raise
@@ -128,7 +144,14 @@ class PowerLoss(ServedSuite):
         return anywhere + around.tolist()
 
     def record(
-        self, seed: int, random: np.random.Generator, shape: Shape, origin: Path, oracle: Oracle, depth: int
+        self,
+        seed: int,
+        random: np.random.Generator,
+        shape: Shape,
+        origin: Path,
+        oracle: Oracle,
+        groups: set[int],
+        depth: int,
     ) -> Recorded:
         options = draw_options(random, shape)
         number = next(self._runs)
@@ -147,15 +170,17 @@ class PowerLoss(ServedSuite):
                 told = listen(session)
                 assert told.ended, f"{told}"
                 assert not told.raised, f"{told}"
-                if random.random() < 0.3:
+                closed = bool(random.random() < 0.3)
+                if closed:
                     ask(session, trainee.close)
                 ask(session, trainee.flush)
             finally:
                 session.kill()
             events = read_journal(journal)
-        floor = oracle.sequence
+        floor, before = oracle.sequence, oracle.moment(groups)
         expected = expect(oracle, operations, told)
-        return Recorded(origin, events, oracle, floor, operations, expected, options["durability"] == "durable")
+        durability = options["durability"]
+        return Recorded(origin, events, oracle, floor, operations, expected, durability, before, closed)
 
     _runs = itertools.count(1)
 
@@ -168,8 +193,8 @@ class PowerLoss(ServedSuite):
         everything_kept: bool,
         base: Path,
         keep: bool,
-    ) -> int:
-        """Opens the disk and compares all of it; returns its sequence number. `keep`: the files may change."""
+    ) -> Found:
+        """Opens the disk and compares all of it; returns what it holds. `keep`: the files may change."""
         low, high, done, issued = run.range_at(position, everything_kept)
         opened = base
         if not keep:
@@ -178,11 +203,15 @@ class PowerLoss(ServedSuite):
         session = self.server.session()
         try:
             found = ask(session, trainee.recover, opened, shape.name, draw_options(random, shape), inspect=2)
-            run.oracle.compare(found, low, high)
+            if run.durability == "commit":
+                run.oracle.compare_moments(found, run.moments_at(done, issued))
+            else:
+                run.oracle.compare(found, low, high)
         finally:
             session.kill()
         must_exist = {group for group, place in run.expected.saved.items() if place <= done}
-        assert must_exist <= found.groups, f"groups {must_exist - found.groups} are lost"
+        if run.durability != "commit":  # which compares them
+            assert must_exist <= found.groups, f"groups {must_exist - found.groups} are lost"
         made = [what for what in kept(opened, run.expected, done) if what.sequence <= run.expected.sequence(issued)]
         if made and random.random() < 0.2:
             what = made[int(random.integers(len(made)))]
@@ -190,7 +219,7 @@ class PowerLoss(ServedSuite):
                 self.done["checkpoints and dumps compared"] += 1
         if opened != base:
             _remove(opened)
-        return found.sequence
+        return found
 
 
 def _copy(origin: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 import damo_embedding as de
 from reliability import trainee
-from reliability.oracle import Operation, Oracle
+from reliability.oracle import Moment, Operation, Oracle
 from reliability.workload import Shape
 from storage_server import PATIENCE, ForkServer, Session, fork_server
 
@@ -148,6 +148,7 @@ class Expected:
     dumps: dict[int, tuple[int, int]] = field(default_factory=dict)  # number -> group, sequence number
     places: dict[int, int] = field(default_factory=dict)  # of checkpoints and dumps, by number
     saved: dict[int, int] = field(default_factory=dict)  # group -> place of the operation after which it must exist
+    opened: dict[int, int] = field(default_factory=dict)  # group -> place of the operation that opened it
 
     def sequence(self, place: int) -> int:
         """After the operation at this place; -1: before the first."""
@@ -160,20 +161,33 @@ class Expected:
                 return self.sequences[place]
         return self.sequence_before
 
+    def moments(
+        self, oracle: Oracle, operations: list[Operation], done: int, issued: int, before: Moment
+    ) -> list[Moment]:
+        """In mode commit: the last commit, or end of a process, of those that returned, and the one in flight."""
+        moments = [before]
+        assert before.groups is not None
+        for place, operation in enumerate(operations[: issued + 1]):
+            if operation.verb not in ("commit", "reopen"):
+                continue
+            groups = before.groups | {group for group, opened in self.opened.items() if opened < place}
+            moment = oracle.moment_at(self.sequences[place], groups)
+            moments = [moment] if place <= done else [*moments, moment]
+        return moments
+
 
 def expect(oracle: Oracle, operations: list[Operation], told: Told | None = None) -> Expected:
     """Does the operations in the oracle, and compares the answers of those that were done."""
     expected = Expected(oracle.sequence)
-    opened: set[int] = set()
     for place, operation in enumerate(operations):
         before = oracle.sequence
         answer = oracle.perform(operation)
         expected.sequences.append(oracle.sequence)
         if operation.group >= 0:
-            opened.add(operation.group)
+            expected.opened.setdefault(operation.group, place)
         # A group is saved by the first operation after its opening that writes a record, or that reads one moment.
         if oracle.sequence > before or operation.verb in ("scan", "dump", "checkpoint", "reopen"):
-            for group in opened:
+            for group in expected.opened:
                 expected.saved.setdefault(group, place)
         if operation.verb == "checkpoint":
             expected.checkpoints[operation.number] = oracle.sequence

@@ -13,6 +13,7 @@ from reliability.oracle import Operation
 from storage_server import Group
 
 START = 2**40  # ahead of any wall clock: time is the workload's
+DURABILITIES = ("commit", "logged", "durable")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def draw_options(random: np.random.Generator, shape: Shape) -> dict[str, Any]:
         "memory": str(random.choice(["16MiB", "16MiB", "20MiB"])),
         "threads": int(random.integers(1, 4)),
         "log_bytes": str(random.choice(shape.log_bytes)),
-        "durability": str(random.choice(["logged", "durable"])),
+        "durability": str(random.choice(DURABILITIES)),
     }
 
 
