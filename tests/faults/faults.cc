@@ -157,6 +157,7 @@ std::string class_of(const std::string& path) {
   if (cold && name.ends_with(".dbtmp")) return "rocksdb-CURRENT.tmp";
   if (cold && name.ends_with(".log")) return "rocksdb-wal";
   if (name.starts_with("generation-")) return "generation";
+  if (ends_with_number_after(name, "filter-")) return "filter" + tail;
   if (name.find(".building-") != std::string::npos) return above.ends_with("dumps") ? "dump.tmp" : "checkpoint.tmp";
   if (above.ends_with("dumps")) return "dump";
   if (above.ends_with("checkpoints")) return "checkpoint";

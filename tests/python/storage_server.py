@@ -40,6 +40,7 @@ class Group:
     dimension: int
     seed: int = 0
     admission: de.CountingBloomFilter | None = None
+    ttl: int | de.Steps | None = None  # seconds, or steps
 
     def open(self, storage: de.Storage) -> de.Embedding:
         return de.Embedding(
@@ -50,6 +51,7 @@ class Group:
             group=self.group,
             seed=self.seed,
             admission=self.admission,
+            ttl=self.ttl,
         )
 
 

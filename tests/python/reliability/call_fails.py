@@ -293,7 +293,13 @@ def follow(
                 moments[:] = [oracle.moment()]
         else:  # in which it died; it may have happened
             made += kept(base, expect(oracle, [operation]), -1)
-            oracle.last_may_be_missing = operation.verb in ("apply_gradients", "lookup", "erase", "commit")
+            oracle.last_may_be_missing = operation.verb in (
+                "apply_gradients",
+                "lookup",
+                "import_rows",
+                "erase",
+                "commit",
+            )
             if moments is not None and keeps:
                 moments.append(oracle.moment())
     return True
@@ -301,7 +307,8 @@ def follow(
 
 def read_on(session: Session, oracle: Oracle) -> None:
     """Rows can be read, whatever failed."""
-    for group, table in oracle.tables.items():
+    for group in oracle.tables:
+        table = oracle.table_now(group)
         keys = np.array(list(table.rows), np.uint64)
         if len(keys) == 0:
             continue

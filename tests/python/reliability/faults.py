@@ -27,6 +27,7 @@ POINTS = [
     ("write", "log"), ("write", "log.tmp"), ("write", "ingest.sst"), ("write", "sst"), ("write", "rocksdb-manifest"),
     ("write", "COMMITTED"), ("write", "COMMITTED.tmp"), ("write", "MANIFEST.tmp"), ("write", "CURRENT.tmp"),
     ("write", "presence.tmp"), ("write", "CHECKPOINT.tmp"), ("write", "rocksdb-CURRENT.tmp"), ("write", "dump.tmp"),
+    ("write", "filter.tmp"), ("sync", "filter.tmp"), ("rename", "filter"), ("unlink", "filter"),
     ("sync", "log"), ("sync", "log.tmp"), ("sync", "ingest.sst"), ("sync", "sst"), ("sync", "rocksdb-manifest"),
     ("sync", "COMMITTED"), ("sync", "COMMITTED.tmp"), ("sync", "MANIFEST.tmp"), ("sync", "CURRENT.tmp"),
     ("sync", "presence.tmp"), ("sync", "CHECKPOINT.tmp"), ("sync", "rocksdb"), ("sync", "generation"),

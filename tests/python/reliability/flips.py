@@ -12,7 +12,7 @@ import numpy as np
 
 from comparing import files_of
 from reliability import trainee
-from reliability.oracle import Found, Oracle
+from reliability.oracle import Found, Operation, Oracle
 from reliability.suite import DiedError, ServedSuite, ask, expect, listen, make_base, scratch
 from reliability.workload import SMALL, START, Workload
 from storage_server import Session
@@ -95,8 +95,9 @@ class Damaged(ServedSuite):
         session = self.server.session()
         try:
             ask(session, trainee.open_storage, base, SMALL.name, OPTIONS)
-            # Ends with what was never synced.
-            operations = workload.draw(30, without=("checkpoint", "dump"))
+            # A reopening leaves the files of filters; the end is what was never synced.
+            operations = [*workload.draw(15, without=("checkpoint", "dump")), Operation("reopen")]
+            operations += workload.draw(15, without=("checkpoint", "dump"))
             operations += workload.draw(8, without=("commit", "reopen", "scan", "dump", "checkpoint"))
             session.start("call", trainee.train, operations[:-8], oracle.now)
             told = listen(session)
@@ -153,6 +154,7 @@ class Flips(Damaged):
         logs = sorted((generation / "log").iterdir())
         places = [storage / "CURRENT", generation / "MANIFEST", generation / "rocksdb" / "COMMITTED", *logs, *logs]
         places += [file for file in [generation / "presence"] if file.exists()]
+        places += sorted(generation.glob("filter-*"))
         file = places[int(random.integers(len(places)))]
         how = damage(random, file)
         if not how:
@@ -171,7 +173,7 @@ class Flips(Damaged):
         except AssertionError as wrong:
             wrong.add_note(f"{how} in {name}")
             raise
-        self._count(file.name if file.parent.name != "log" else "log", found)
+        self._count("log" if file.parent.name == "log" else file.name.split("-")[0], found)
 
     def _damage_checkpoint(self, random: np.random.Generator, specimen: Specimen, base: Path) -> None:
         make_base(base)

@@ -2,8 +2,9 @@
 """What a storage must hold after each of its operations, to the last bit.
 
 Built on the tables of reference.py: every operation is applied in float32 by NumPy, in the process of the test. The
-oracle keeps each row as it was after each sequence number, so that whatever number a storage comes back with after a
-crash, all of it can be compared.
+oracle keeps each row, and each filter, as it was after each sequence number, so that whatever number a storage comes
+back with after a crash, all of it can be compared. A row that has expired is absent: when that is, the clock and the
+group's step say.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import damo_embedding as de
 from reference import Floats, ReferenceRow, ReferenceTable, Words, as_uint64
+from reference_filter import AdmittedTable, ReferenceFilter
 from storage_server import Group
 
 Commit = tuple[int | None, bytes]
@@ -30,7 +33,8 @@ class Operation:
     verb: str
     group: int = -1
     keys: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    gradients: Floats | None = None
+    gradients: Floats | None = None  # weights, of import_rows
+    counts: npt.NDArray[Any] | None = None  # of import_rows
     lr: float | None = None
     number: int = 0  # the step of a commit or checkpoint, the time of set_now
     extra: bytes = b""
@@ -76,6 +80,15 @@ class Found:
     rows: dict[int, Rows]
     inspected: dict[tuple[int, int], tuple[int, int]]
     stats: dict[str, Any]
+    # Of groups that have a filter: adds, keys, the estimate of each.
+    filters: dict[int, tuple[int, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = field(default_factory=dict)
+
+
+def _table_of(group: Group) -> ReferenceTable:
+    names = {"seed": group.seed, "stream": group.group}
+    if group.admission is None:
+        return ReferenceTable(group.optimizer, group.initializer, group.dimension, **names)
+    return AdmittedTable(group.optimizer, group.initializer, group.dimension, group.admission, **names)
 
 
 class Oracle:
@@ -83,12 +96,8 @@ class Oracle:
 
     def __init__(self, groups: Sequence[Group], now: int) -> None:
         self.groups = list(groups)
-        self.tables = {
-            group.group: ReferenceTable(
-                group.optimizer, group.initializer, group.dimension, seed=group.seed, stream=group.group
-            )
-            for group in groups
-        }
+        self.tables = {group.group: _table_of(group) for group in groups}
+        self._ttls = {group.group: group.ttl for group in groups}
         self.sequence = 0  # of the last operation
         self.now = now
         self.last_may_be_missing = False  # of the last operation nobody knows whether it happened
@@ -98,10 +107,25 @@ class Oracle:
         self._numbers = [self._current_numbers()]
         # (group, key) -> sequence numbers at which the row changed, and what it was from then on (None: no row)
         self._versions: dict[tuple[int, int], tuple[list[int], list[ReferenceRow | None]]] = {}
+        # group -> sequence numbers at which the filter counted, and what it was from then on
+        self._filters: dict[int, tuple[list[int], list[ReferenceFilter]]] = {
+            group: ([0], [copy.deepcopy(table.filter)])
+            for group, table in self.tables.items()
+            if isinstance(table, AdmittedTable)
+        }
+
+    def _alive(self, group: int, row: ReferenceRow, clock: int, step: int) -> bool:
+        ttl = self._ttls[group]
+        if ttl is None:
+            return True
+        return step - row.step <= ttl.count if isinstance(ttl, de.Steps) else clock - row.time <= ttl
 
     def _current_numbers(self) -> Numbers:
         return Numbers(
-            {group: len(table) for group, table in self.tables.items()},
+            {
+                group: sum(self._alive(group, row, self._clock, table.step) for row in table.rows.values())
+                for group, table in self.tables.items()
+            },
             {group: table.step for group, table in self.tables.items()},
             self._clock,
             self._last_commit,
@@ -119,6 +143,15 @@ class Oracle:
             versions.append(None if row is None else copy.copy(row))
         self._numbers.append(self._current_numbers())
 
+    def table_now(self, group: int) -> ReferenceTable:
+        """The group as who calls it now finds it: without what has expired."""
+        table = self.tables[group]
+        table.now = max(self._clock, self.now)
+        for key, row in list(table.rows.items()):
+            if not self._alive(group, row, table.now, table.step):
+                del table.rows[key]
+        return table
+
     def perform(self, operation: Operation) -> Any:
         """Applies an operation; returns what the call returns."""
         if operation.verb == "set_now":
@@ -131,15 +164,14 @@ class Oracle:
         if operation.verb == "lost commit":  # one that failed, in mode commit: its number is gone
             self._changed(-1, [])
             return None
-        if operation.verb not in ("apply_gradients", "lookup", "lookup_only", "contains", "erase"):
+        if operation.verb not in ("apply_gradients", "lookup", "lookup_only", "contains", "erase", "import_rows"):
             return None
-        table = self.tables[operation.group]
+        table = self.table_now(operation.group)
         if operation.verb == "lookup_only":
             return table.lookup(operation.keys, insert=False)
         if operation.verb == "contains":
             return table.contains(operation.keys)
         distinct = list(dict.fromkeys(as_uint64(operation.keys).ravel().tolist()))
-        table.now = max(self._clock, self.now)
         if operation.verb == "erase":
             gone = [key for key in distinct if key in table.rows]
             count = table.erase(operation.keys)
@@ -148,18 +180,29 @@ class Oracle:
                 self._changed(operation.group, gone)
             return count
         if operation.verb == "lookup":
-            fresh = [key for key in distinct if key not in table.rows]
+            without = [key for key in distinct if key not in table.rows]
             weights = table.lookup(operation.keys)
-            for key in fresh:
-                table.rows[key].step = table.step  # until its first update, that of its creation
-            if fresh:
+            if without:  # each gets a row, or is counted by the filter
                 self._clock = table.now
-                self._changed(operation.group, fresh)
+                self._changed(operation.group, [key for key in without if key in table.rows])
+                if isinstance(table, AdmittedTable):
+                    sequences, versions = self._filters[operation.group]
+                    sequences.append(self.sequence)
+                    versions.append(copy.deepcopy(table.filter))
             return weights
-        if distinct:
-            self._clock = table.now
+        if not distinct:
+            return None
+        self._clock = table.now
+        assert operation.gradients is not None
+        if operation.verb == "apply_gradients":
             table.apply_gradients(operation.keys, operation.gradients, operation.lr)
-            self._changed(operation.group, distinct)
+            self._changed(operation.group, [key for key in distinct if key in table.rows])
+            return None
+        assert operation.counts is not None
+        for key, values, count in zip(distinct, operation.gradients, operation.counts.tolist(), strict=True):
+            state = {name: block[0] for name, block in table.optimizer.initial_state(1, table.dimension).items()}
+            table.rows[key] = ReferenceRow(values.copy(), state, count, table.step, table.now)
+        self._changed(operation.group, distinct)
         return None
 
     # ------------------------------------------------------------- the past
@@ -170,16 +213,27 @@ class Oracle:
 
     def version_at(self, group: int, key: int, sequence: int) -> tuple[int, ReferenceRow] | None:
         """The row, and the sequence number since when it is so."""
+        return self._version(group, key, sequence, self.numbers_at(sequence).clock)
+
+    def _version(self, group: int, key: int, sequence: int, clock: int) -> tuple[int, ReferenceRow] | None:
         sequences, versions = self._versions[group, key]
         place = bisect_right(sequences, sequence) - 1
         row = versions[place] if place >= 0 else None
-        return None if row is None else (sequences[place], row)
+        if row is None or not self._alive(group, row, clock, self.numbers_at(sequence).steps[group]):
+            return None
+        return sequences[place], row
 
-    def rows_at(self, sequence: int) -> dict[int, Rows]:
-        """All rows after the operation with this number."""
+    def filter_at(self, group: int, sequence: int) -> ReferenceFilter:
+        sequences, versions = self._filters[group]
+        return versions[bisect_right(sequences, sequence) - 1]
+
+    def rows_at(self, sequence: int, clock: int | None = None) -> dict[int, Rows]:
+        """All rows after the operation with this number; `clock`: where it stands, if not where that operation was."""
+        if clock is None:
+            clock = self.numbers_at(sequence).clock
         found: dict[int, list[tuple[int, ReferenceRow]]] = {group: [] for group in self.tables}
         for group, key in self._versions:
-            version = self.version_at(group, key, sequence)
+            version = self._version(group, key, sequence, clock)
             if version is not None:
                 found[group].append((key, version[1]))
         return {group: self._as_arrays(group, sorted(rows, key=lambda row: row[0])) for group, rows in found.items()}
@@ -216,6 +270,9 @@ class Oracle:
         other._clock, other._last_commit = numbers.clock, numbers.last_commit
         for group, table in other.tables.items():
             table.step = numbers.steps[group]
+            if isinstance(table, AdmittedTable):
+                table.filter = copy.deepcopy(self.filter_at(group, sequence))
+                other._filters[group] = ([sequence], [copy.deepcopy(table.filter)])
         for group, key in self._versions:
             version = self.version_at(group, key, sequence)
             if version is not None:
@@ -239,13 +296,20 @@ class Oracle:
         numbers = self.numbers_at(sequence)
         if failed and numbers.clock <= found.numbers.clock <= self.now:
             numbers = replace(numbers, clock=found.numbers.clock)
+        expected = self.rows_at(sequence, numbers.clock)
+        numbers = replace(numbers, rows={group: len(rows.keys) for group, rows in expected.items()})
         assert found.numbers == numbers, f"after operation {sequence}: {found.numbers}, expected {numbers}"
-        expected = self.rows_at(sequence)
         assert found.rows.keys() == expected.keys()
         for group, rows in expected.items():
             _compare_rows(f"group {group} after operation {sequence}", found.rows[group], rows)
+        for group, (adds, keys, estimates) in found.filters.items():
+            bloom = self.filter_at(group, sequence)
+            where = f"the filter of group {group} after operation {sequence}"
+            assert adds == bloom.adds, f"{where} has counted {adds}, expected {bloom.adds}"
+            wrong = estimates != [bloom.estimate(key) for key in as_uint64(keys).tolist()]
+            assert not wrong.any(), f"{where}: other estimates of {wrong.sum()} keys"
         for (group, key), (row_sequence, step) in found.inspected.items():
-            version = self.version_at(group, key, sequence)
+            version = self._version(group, key, sequence, numbers.clock)
             assert version is not None, f"group {group} has the row {key}"
             assert (row_sequence, step) == (version[0], version[1].step), (
                 f"group {group}, key {key} after operation {sequence}: the row says operation {row_sequence} and "

@@ -145,7 +145,7 @@ class Expected:
     sequence_before: int
     sequences: list[int] = field(default_factory=list)  # after each operation
     checkpoints: dict[int, int] = field(default_factory=dict)  # number -> sequence number
-    dumps: dict[int, tuple[int, int]] = field(default_factory=dict)  # number -> group, sequence number
+    dumps: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # number -> group, sequence number, clock
     places: dict[int, int] = field(default_factory=dict)  # of checkpoints and dumps, by number
     saved: dict[int, int] = field(default_factory=dict)  # group -> place of the operation after which it must exist
     opened: dict[int, int] = field(default_factory=dict)  # group -> place of the operation that opened it
@@ -193,7 +193,7 @@ def expect(oracle: Oracle, operations: list[Operation], told: Told | None = None
             expected.checkpoints[operation.number] = oracle.sequence
             expected.places[operation.number] = place
         if operation.verb == "dump":
-            expected.dumps[operation.number] = (operation.group, oracle.sequence)
+            expected.dumps[operation.number] = (operation.group, oracle.sequence, oracle.now)
             expected.places[operation.number] = place
         if told is not None and place in told.answers and operation.verb not in ("prefetch", "dump"):
             assert told.answers[place] == trainee.digest(answer), (
@@ -223,6 +223,7 @@ class Kept:
     sequence: int
     returned: bool
     group: int = -1  # of a dump
+    clock: int = 0  # of a dump: what had expired then is not in it
 
 
 def kept(base: Path, expected: Expected, done: int) -> list[Kept]:
@@ -232,8 +233,8 @@ def kept(base: Path, expected: Expected, done: int) -> list[Kept]:
         for number, sequence in expected.checkpoints.items()
     ]
     dumps = [
-        Kept(base / "dumps" / f"{number}.bin", sequence, expected.places[number] <= done, group)
-        for number, (group, sequence) in expected.dumps.items()
+        Kept(base / "dumps" / f"{number}.bin", sequence, expected.places[number] <= done, group, clock)
+        for number, (group, sequence, clock) in expected.dumps.items()
     ]
     return checkpoints + dumps
 
@@ -252,7 +253,7 @@ def check_kept(server: ForkServer, what: Kept, shape: Shape, options: dict[str, 
 
 def _check_dump(what: Kept, oracle: Oracle) -> None:
     keys, weights = de.read_dump(what.path).get(what.group, (np.empty(0, np.uint64), np.empty(0, np.float32)))
-    expected = oracle.rows_at(what.sequence)[what.group]
+    expected = oracle.rows_at(what.sequence, max(what.clock, oracle.numbers_at(what.sequence).clock))[what.group]
     order = np.argsort(keys)
     assert np.array_equal(keys[order], expected.keys), f"{what.path} has other keys than after {what.sequence}"
     assert weights[order].tobytes() == expected.weights.tobytes(), f"{what.path} has other weights"

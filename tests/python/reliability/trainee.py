@@ -76,6 +76,9 @@ class Trainee:
         elif verb == "apply_gradients":
             assert operation.gradients is not None
             embedding.apply_gradients(operation.keys, operation.gradients, lr=operation.lr)
+        elif verb == "import_rows":
+            assert operation.gradients is not None
+            embedding.import_rows(operation.keys, operation.gradients, counts=operation.counts)
         elif verb == "lookup_only":
             return embedding.lookup(operation.keys, insert=False)
         elif verb != "open_group":
@@ -172,7 +175,7 @@ def look(served: Served, inspect: int = 5) -> Found:
     stats = storage.stats()
     groups = set(storage.groups())
     numbers = Numbers({}, {}, trainee.clock, storage.last_commit)
-    rows, inspected = {}, {}
+    rows, inspected, filters = {}, {}, {}
     for group in trainee.shape.groups:
         number = group.group
         if number not in groups:
@@ -189,13 +192,16 @@ def look(served: Served, inspect: int = 5) -> Found:
             continue
         embedding = trainee.embedding(number)
         numbers.rows[number], numbers.steps[number] = len(embedding), embedding.step
+        if embedding.admission is not None:
+            keys = trainee.shape.keys_of(number)[::5]
+            filters[number] = (embedding.admission.adds, keys, np.asarray(embedding.admission.estimate(keys)))
         rows[number] = all_rows(embedding)
-        keys = rows[number].keys
-        for key in keys[:: max(1, len(keys) // inspect)].tolist() if inspect else []:
+        there = rows[number].keys
+        for key in there[:: max(1, len(there) // inspect)].tolist() if inspect else []:
             info = embedding.inspect(key)
             assert info is not None, f"group {number}: the row {key} was in the scan, and is not there"
             inspected[number, key] = (info.sequence, info.step)
-    return Found(stats["sequence"], groups, numbers, rows, inspected, stats)
+    return Found(stats["sequence"], groups, numbers, rows, inspected, stats, filters)
 
 
 def entries_of(optimizer: de.Optimizer) -> list[str]:

@@ -30,15 +30,39 @@ class Shape:
     def first_groups(self) -> tuple[Group, ...]:
         return self.groups[:-1]
 
+    def keys_of(self, group: int) -> np.ndarray:
+        """All keys that a group may ever have: all over the 64 bits, with the special ones among them."""
+        random = np.random.default_rng([self.pool, group])
+        keys = random.integers(-(2**63), 2**63, self.pool, dtype=np.int64)
+        keys[:5] = [0, -1, 1, 2**63 - 1, -(2**63)]
+        return keys
+
+
+def _filter(capacity: int, count: int, halve_every: int | None = None) -> de.CountingBloomFilter:
+    return de.CountingBloomFilter(capacity=capacity, count=count, fpr=0.01, halve_every=halve_every)
+
+
+# Up to three days a bucket of lives is one second wide, and every row expires by itself.
+HOURS = 3_600
+LONGEST_WAIT = 20 * HOURS
+
 
 # Thousands of operations a second, a log that fits into one segment, now and then a cut.
 SMALL = Shape(
     "small",
     (
         Group(0, de.SGD(lr=0.1, weight_decay=0.01), de.Uniform(-1.0, 1.0), dimension=3, seed=1),
-        Group(7, de.Adagrad(lr=0.1), de.Normal(0.0, 0.5), dimension=16, seed=2),
+        Group(7, de.Adagrad(lr=0.1), de.Normal(0.0, 0.5), dimension=16, seed=2, ttl=40 * HOURS),
+        Group(90, de.RMSprop(lr=0.01), de.Ones(), dimension=5, admission=_filter(200, 2, 400), ttl=de.Steps(9)),
         Group(200, de.Adam(lr=0.1), de.TruncatedNormal(0.0, 1.0), dimension=33, seed=3),
-        Group(255, de.Adam(lr=0.01, bias_correction="global"), de.Zeros(), dimension=8, seed=4),
+        Group(
+            255,
+            de.Adam(lr=0.01, bias_correction="global"),
+            de.Zeros(),
+            dimension=8,
+            admission=_filter(100, 3),
+            ttl=60 * HOURS,
+        ),
     ),
     pool=300,
     batch=60,
@@ -49,7 +73,7 @@ TIGHT = Shape(
     "tight",
     (
         Group(0, de.SGD(lr=0.1), de.Uniform(-1.0, 1.0), dimension=1024, seed=1),
-        Group(7, de.Adagrad(lr=0.1), de.Normal(0.0, 0.5), dimension=1020, seed=2),
+        Group(7, de.Adagrad(lr=0.1), de.Normal(0.0, 0.5), dimension=1020, seed=2, ttl=70 * HOURS),
         Group(200, de.Adam(lr=0.1), de.TruncatedNormal(0.0, 1.0), dimension=1000, seed=3),
         Group(255, de.Adam(lr=0.01, bias_correction="global"), de.Zeros(), dimension=900, seed=4),
     ),
@@ -76,8 +100,8 @@ def draw_options(random: np.random.Generator, shape: Shape) -> dict[str, Any]:
 
 # verb, weight
 _VERBS = {
-    "apply_gradients": 46, "lookup": 15, "erase": 8, "commit": 7, "set_now": 4, "lookup_only": 4, "contains": 2,
-    "prefetch": 2, "scan": 2, "dump": 2, "checkpoint": 4, "reopen": 2, "open_group": 2,
+    "apply_gradients": 44, "lookup": 16, "import_rows": 3, "erase": 8, "commit": 7, "set_now": 4, "lookup_only": 4,
+    "contains": 2, "prefetch": 2, "scan": 2, "dump": 2, "checkpoint": 4, "reopen": 2, "open_group": 2,
 }  # fmt: skip
 
 
@@ -87,12 +111,7 @@ class Workload:
     def __init__(self, seed: list[int], shape: Shape, first_number: int = 0) -> None:
         self.random = np.random.default_rng(seed)
         self.shape = shape
-        self._pools = {}
-        for group in shape.groups:
-            random = np.random.default_rng([shape.pool, group.group])
-            keys = random.integers(-(2**63), 2**63, shape.pool, dtype=np.int64)
-            keys[:5] = [0, -1, 1, 2**63 - 1, -(2**63)]
-            self._pools[group.group] = keys
+        self._pools = {group.group: shape.keys_of(group.group) for group in shape.groups}
         self._now = START
         self._number = first_number
         self._open = list(shape.first_groups)
@@ -136,11 +155,15 @@ class Workload:
         if verb in ("lookup", "lookup_only", "contains", "erase", "prefetch"):
             most = self.shape.batch if verb != "erase" else self.shape.batch // 2
             return Operation(verb, group.group, self._keys(group, most))
+        if verb == "import_rows":
+            keys = np.unique(self._keys(group, self.shape.batch // 2))
+            weights = self.random.standard_normal((len(keys), group.dimension)).astype(np.float32)
+            return Operation(verb, group.group, keys, weights, counts=self.random.integers(0, 9, len(keys)))
         if verb == "commit":
             extra = self.random.bytes(int(self.random.integers(0, 40)))
             return Operation(verb, number=self._number, extra=extra)
         if verb == "set_now":
-            self._now += int(self.random.integers(1, 10**6))
+            self._now += int(self.random.integers(1, LONGEST_WAIT))
             return Operation(verb, number=self._now)
         if verb == "open_group":
             last = self.shape.groups[-1]
