@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "error.h"
+#include "planted.h"
 #include "settings.h"
 
 namespace damo {
@@ -336,7 +337,7 @@ void CountingBloomFilter::count_adds(uint32_t num) {
 void CountingBloomFilter::halve() {
   nonzero_ = 0;
   for (size_t i = 0; i < num_chunks(); ++i) {
-    will_change(i);
+    if (!planted("halved before the cut has saved it")) will_change(i);
     for (uint64_t& word : words_of(i)) {
       const uint64_t halved = load(word) >> 1 & kLowBits * 7;
       store(word, halved);

@@ -13,6 +13,7 @@
 #include <unordered_map>
 
 #include "error.h"
+#include "planted.h"
 #include "storage.h"
 
 namespace damo {
@@ -152,7 +153,7 @@ void Storage::change_lifetime(Table& table, const Lifetime& lifetime, bool own) 
       table.purge(expired);
       expired.clear();
     }
-    if (!expired.empty()) table.purge(expired);
+    if (!expired.empty() && !planted("last expired rows not purged")) table.purge(expired);
   } else {
     counts = table.counters().rows;
   }

@@ -190,7 +190,7 @@ struct OperationLog::Impl {
     // Latched before anybody else can try: the kernel may have dropped what it could not write and call it clean from
     // now on, so a second attempt that succeeds proves nothing.
     if (error.empty())
-      synced = mark.sequence;
+      synced = planted("sync covers what came meanwhile") ? last : mark.sequence;
     else if (!planted("failed sync forgotten"))
       latch("sync the log", error);
     synced_more.notify_all();

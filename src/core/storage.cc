@@ -313,6 +313,7 @@ void Storage::close_now() {
     closed_ = true;
   }
   stop_threads();
+  if (planted("unlocked before it is closed")) directory_->unlock();
   std::exception_ptr failure;
   if (tiers_ && log_) {
     try {
@@ -614,7 +615,8 @@ uint64_t Storage::cut_log() {
     cut([&](const CutInfo& info) { start = info.counters; }, &filters);
   }
   filters.save();
-  if (tiers_->presence().complete()) tiers_->presence().save(presence_file(), start.sequence);
+  if (tiers_->presence().complete() || planted("unfinished presence filter saved"))
+    tiers_->presence().save(presence_file(), start.sequence);
   adopt_files(filters, start.sequence);
   log_->drop_through(planted("log cut too far") ? UINT64_MAX : start.sequence);
   if (!filters.empty()) {

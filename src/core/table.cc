@@ -897,6 +897,7 @@ void Table::redo_count(uint64_t sequence, const CountRecord& record, const std::
   if (batch.num_rows() != record.keys.size()) refuse(", one of them twice");
   std::vector<uint32_t> times(record.keys.size());
   if (!times.empty()) std::memcpy(times.data(), record.times.data(), record.times.size());
+  if (planted("repeated key counted once in redo")) std::fill(times.begin(), times.end(), 1u);
   const std::unique_ptr<bool[]> seen = filter->count(record.keys, times, sequence);
   std::vector<uint32_t> admitted;
   for (uint32_t r = 0; r < batch.num_rows(); ++r)
@@ -919,6 +920,7 @@ void Table::redo_import(uint64_t sequence, const ImportRecord& record, const std
   for_each_chunk(all_rows(batch), tiers.chunk_rows(shape_), [&](std::span<const uint32_t> chunk) {
     const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true);
     tiers.create_rows(shape_, batch, prepared, sequence, step_, record.time);
+    if (planted("imported weights not redone")) return;
     tiers.replace(shape_, batch, chunk, prepared, record.update_counts.data(), record.floats.data(), sequence, step_,
                   record.time);
   });

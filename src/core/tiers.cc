@@ -688,7 +688,8 @@ void Tiers::cut([[maybe_unused]] std::unique_lock<std::mutex> write, std::unique
         if (row == nullptr || !row->has(HotRow::kSaved)) continue;
         const std::lock_guard shard_lock(hot_.shard(hot_.shard_of(row->mixed)).mutex);
         row->flags &= static_cast<uint8_t>(~HotRow::kSaved);
-        if (written && (row->sequence <= sequence || planted("dirty rows forgotten")))
+        if ((written || planted("failed cut taken for written")) &&
+            (row->sequence <= sequence || planted("dirty rows forgotten")))
           row->flags &= static_cast<uint8_t>(~HotRow::kDirty);
       }
     }
@@ -759,6 +760,7 @@ void Tiers::cut([[maybe_unused]] std::unique_lock<std::mutex> write, std::unique
   end(true);
   ++counters_.cuts;
   counters_.cut_rows += list.size();
+  if (planted("evictions before the cut is closed")) write.unlock();
   closed();
 }
 
