@@ -9,6 +9,7 @@ In memory (the table fits into the default budget):
     log_cutting     the same with a log of 32 MiB that is cut all the while
     checkpoint      a checkpoint while another thread trains: how long, and the longest step beside it
     open            close and open again, then kill and open again: what the log has to do over
+    commit          commits in mode "commit", beside checkpoints of the same changes; and an update without a log
 
 Ten times the budget:
     update_cold     lookup + apply_gradients of uniform keys: most rows come from the disk
@@ -52,8 +53,8 @@ class Result:
     unit: str
 
 
-def open_table(path: Path, memory: str = "1GiB", log_bytes: str | None = None) -> tuple[de.Storage, de.Embedding]:
-    storage = de.Storage(path, memory=memory, log_bytes=log_bytes)
+def open_table(path: Path, memory: str = "1GiB", **options: str) -> tuple[de.Storage, de.Embedding]:
+    storage = de.Storage(path, memory=memory, **options)  # type: ignore[arg-type]
     return storage, de.Embedding(storage, de.Adam(lr=1e-3), de.Uniform(-0.01, 0.01), DIMENSION, group="bench")
 
 
@@ -161,6 +162,37 @@ def checkpoint(storage: de.Storage, table: de.Embedding, rows: int, directory: P
         shutil.rmtree(directory / name)
 
 
+def commits(directory: Path, rows: int) -> Iterator[Result]:
+    path = directory / "commits"
+    storage, table = open_table(path, durability="commit")
+    with storage:
+        fill(table, rows)
+        yield Result("commit", "first, all rows changed", seconds(lambda: storage.commit(0)), "s")
+        rng = np.random.default_rng(8)
+        update = gradients(STEP)
+        for changed in (1, 8192, STEP):
+            kinds: dict[str, list[float]] = {"commit": [], "checkpoint": []}
+            for number in range(14):
+                table.apply_gradients(keys_of(rng.permutation(rows)[:changed]), update[:changed])
+                if number % 2:
+                    kinds["commit"].append(seconds(lambda number=number: storage.commit(number)))
+                    continue
+                name = directory / f"checkpoint-{changed}-{number}"
+                kinds["checkpoint"].append(seconds(lambda name=name: storage.checkpoint(name)))
+            for kind, each in kinds.items():
+                yield Result("commit", f"{kind}, {changed:,} rows changed", 1e3 * float(np.median(each)), "ms")
+        nothing = [seconds(lambda number=number: storage.commit(number)) for number in range(9)]
+        yield Result("commit", "commit, nothing changed", 1e3 * float(np.median(nothing)), "ms")
+        keys = keys_of(np.arange(min(8192, rows)))
+        each = [seconds(lambda: table.apply_gradients(keys, update[: keys.size])) for _ in range(200)]
+        yield Result("commit", "update of 8,192 rows, no log", 1e3 * float(np.median(each)), "ms")
+        closing = seconds(storage.close)
+    yield Result("commit", "close", closing, "s")
+    yield Result("commit", "open", timed_open(path, "commit"), "s")
+    for leftover in [path, *directory.glob("checkpoint-*")]:
+        shutil.rmtree(leftover)
+
+
 def open_again(path: Path, rows: int) -> Iterator[Result]:
     """The storage at `path` is closed. A child process adds to the log, and dies."""
     yield Result("open", "after close", timed_open(path), "s")
@@ -175,9 +207,9 @@ def open_again(path: Path, rows: int) -> Iterator[Result]:
     yield Result("open", "log then", log / 1e6, "MB")
 
 
-def timed_open(path: Path) -> float:
+def timed_open(path: Path, durability: str = "logged") -> float:
     start = time.perf_counter()
-    storage = de.Storage(path)
+    storage = de.Storage(path, durability=durability)
     elapsed = time.perf_counter() - start
     storage.close()
     return elapsed
@@ -204,6 +236,7 @@ def in_memory(directory: Path, rows: int) -> Iterator[Result]:
     yield from open_again(path, rows)
     shutil.rmtree(path)
     yield from log_cutting(directory, rows)
+    yield from commits(directory, rows)
 
 
 # -------------------------------------------------------------------- ten times the budget

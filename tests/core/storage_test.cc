@@ -1343,6 +1343,7 @@ TEST_CASE("storage: in mode commit each commit keeps one moment of a storage tha
       }
     });
   }
+  while (a.step() == 0 || b.step() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   for (int64_t number = 0; number < 6; ++number) {
     const uint64_t before = storage->stats().sequence;
     storage->commit(number, "x");

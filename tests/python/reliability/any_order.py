@@ -53,6 +53,7 @@ def pool_of(group: int) -> np.ndarray:
 
 POOLS = {group: pool_of(group) for group in NUMBERS}
 groups = st.sampled_from(NUMBERS)
+modes = st.sampled_from(["commit", "logged", "durable"])
 
 
 @st.composite
@@ -109,19 +110,34 @@ class StorageMachine(RuleBasedStateMachine):
         self.oracle.set_now(self.now)
         self.checkpoints: list[tuple[Path, Oracle]] = []
         self.dumps = 0
+        self.durability = "logged"
         self.session: Session = self.server.session()
         self.open()
 
     def teardown(self) -> None:
         try:
-            self.reopen()
+            self.session("storage_call", "close")
+            self.open()
+            self.compare()
             self.session("storage_call", "close")
         finally:
             self.session.kill()
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def open(self, checkpoint: Path | None = None) -> None:
-        self.session("open", self.path, GROUPS, self.now, checkpoint, memory="16MiB", threads=2, log_bytes="4MiB")
+        options = {"memory": "16MiB", "threads": 2, "log_bytes": "4MiB", "durability": self.durability}
+        self.session("open", self.path, GROUPS, self.now, checkpoint, **options)
+        self.keep()
+
+    def keep(self) -> None:
+        """What a kill in mode commit goes back to."""
+        self.kept = copy.deepcopy(self.oracle) if self.durability == "commit" else None
+
+    def go_back(self) -> None:
+        """After a kill."""
+        if self.kept is not None:
+            self.oracle = self.kept
+            self.oracle.set_now(self.now)
 
     def compare(self) -> None:
         self.compare_numbers()
@@ -242,6 +258,7 @@ class StorageMachine(RuleBasedStateMachine):
     def commit(self, step: int | None, extra: bytes) -> None:
         self.session("storage_call", "commit", step, extra)
         self.oracle.last_commit = (step, extra)
+        self.keep()
 
     @precondition(lambda self: len(self.checkpoints) < 3)
     @rule()
@@ -262,28 +279,36 @@ class StorageMachine(RuleBasedStateMachine):
 
     # ---------------------------------------------------------- close and kill
 
-    @rule()
-    def reopen(self) -> None:
+    @rule(durability=modes)
+    def reopen(self, durability: str) -> None:
         self.session("storage_call", "close")
+        self.durability = durability
         self.open()
         self.compare()
 
-    @rule()
-    def kill(self) -> None:
+    @rule(durability=modes)
+    def kill(self, durability: str) -> None:
         self.session.kill()
         self.session = self.server.session()
+        self.go_back()
+        self.durability = durability
         self.open()
         self.compare()
 
     @rule(group=groups, batch=batches(), delay=st.sampled_from([0.0, 0.001, 0.003, 0.01]))
     def kill_during_an_apply(self, group: int, batch: tuple[int, int, int], delay: float) -> None:
-        """It happened or it did not; half of it never."""
+        """It happened or it did not; half of it never. In mode commit it did not."""
         keys, gradients = keys_of(group, batch), gradients_of(group, batch)
         self.session.start("embedding_call", group, "apply_gradients", keys, gradients)
         time.sleep(delay)
         acknowledged = ("returned", None) in self.session.kill()
         self.session = self.server.session()
+        self.go_back()
+        in_mode_commit = self.kept is not None
         self.open()
+        if in_mode_commit:  # to before the update, whether it happened or not
+            self.compare()
+            return
         table = self.oracle.tables[group]
         rows, step = self.session("numbers")[group]
         assert step in ({table.step + 1} if acknowledged and len(keys) else {table.step, table.step + 1})

@@ -26,7 +26,7 @@ from reliability.suite import (
     make_base,
     scratch,
 )
-from reliability.workload import SMALL, START, TIGHT, Shape, Workload, draw_options
+from reliability.workload import DURABILITIES, SMALL, START, TIGHT, Shape, Workload, draw_options
 from storage_server import Session
 
 # kind of call, what becomes of it, what the system says
@@ -121,7 +121,7 @@ class CallFails(ServedSuite):
         workload = Workload([number, 22], shape)
         oracle = Oracle(shape.groups, START)
         base = make_base(self._directory / f"scenario-{number}")
-        options = draw_options(random, shape)
+        options = {**draw_options(random, shape), "durability": DURABILITIES[number % 3]}
         session = self.server.session()
         try:
             ask(session, trainee.open_storage, base, shape.name, options)
