@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +54,8 @@ class Result:
     unit: str
 
 
-def open_table(path: Path, memory: str = "1GiB", **options: str) -> tuple[de.Storage, de.Embedding]:
-    storage = de.Storage(path, memory=memory, **options)  # type: ignore[arg-type]
+def open_table(path: Path, memory: str = "1GiB", **options: Any) -> tuple[de.Storage, de.Embedding]:
+    storage = de.Storage(path, memory=memory, **options)
     return storage, de.Embedding(storage, de.Adam(lr=1e-3), de.Uniform(-0.01, 0.01), DIMENSION, group="bench")
 
 
