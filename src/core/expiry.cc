@@ -25,9 +25,10 @@ constexpr size_t kEraseBatch = 8192;  // keys of one erase record
 // forgotten until those left need no more than kKeep. Compaction writes what stays before it deletes the files it is
 // in.
 constexpr double kFull = 0.5, kKeep = 0.3;
-// In mode commit the files of the last commit stay beside all that, until the next one: three times kFullInCommit, for
-// the recovery point, for the rows of now, and for what a compaction makes of them.
-constexpr double kFullInCommit = 0.3, kKeepInCommit = 0.18, kReserveInCommit = 0.1;
+// In mode commit the files of the last commit stay beside all that, until the next one. So the limit, less the memory
+// twice, holds three times kFullInCommit: the recovery point, the rows of now, and what a compaction makes of them.
+// Each of the three may be larger by the rows that a cut has just written and by what is written unseen.
+constexpr double kFullInCommit = 0.27, kKeepInCommit = 0.16, kReserveInCommit = 0.1;
 // Of the limit: what operations may write between two looks at the directory.
 constexpr double kUnseen = 0.04;
 constexpr std::chrono::milliseconds kLookAtDisk{20};
@@ -296,7 +297,8 @@ void Storage::keep_within_disk() {
 }
 
 uint64_t Storage::share_of_disk(double share) const {
-  return static_cast<uint64_t>(share * static_cast<double>(options_.disk_bytes - options_.memory_bytes));
+  const uint64_t memory = options_.memory_bytes * (logs_ ? 1 : 2);
+  return static_cast<uint64_t>(share * static_cast<double>(options_.disk_bytes - memory));
 }
 
 double Storage::kept_share() const { return logs_ ? kKeep : kKeepInCommit; }

@@ -158,7 +158,7 @@ class Storage:
             When it fills, the rows that were updated least often and longest ago are erased
             (`stats()["forgotten"]`). It has to hold the files that a compaction replaces beside the new ones, so
             that the rows that stay take about a third of it; in mode "commit", which has the files of the last
-            commit as well, about a fifth. None: no limit.
+            commit as well, about a sixth. None: no limit.
 
     Raises:
         AlreadyOpenError: The directory is open elsewhere.
