@@ -3,7 +3,7 @@
 // Each exception of the core as the Python class of the same name in damo_embedding/errors.py.
 #include <nanobind/nanobind.h>
 
-#include <filesystem>
+#include <system_error>
 
 #include "error.h"
 
@@ -40,7 +40,7 @@ void bind_errors(nb::module_&) {
       raise("ForkedHandleError", error);
     } catch (const damo::Error& error) {
       raise("DamoError", error);
-    } catch (const std::filesystem::filesystem_error& error) {
+    } catch (const std::system_error& error) {  // of a file, or of a thread that could not be started
       raise("StorageError", error);
     }
   });

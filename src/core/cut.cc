@@ -110,6 +110,7 @@ CheckpointFile describe_file(const fs::path& directory, const std::string& name)
 
 void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilters* filters,
                   const std::function<void()>& first) {
+  check_in_place();
   // Most of the log goes to disk before anybody is stopped.
   log_->sync();
   // Neither is waited for while the other is held: an operation that holds the order lock may wait for an eviction, and

@@ -49,6 +49,8 @@ class StorageDirectory {
   // Generations that are not live: left by a restore that was interrupted, or by a process in mode commit.
   void remove_stale_generations();
 
+  // Whether the path still leads to the directory that is locked.
+  bool is_in_place() const noexcept { return lock_ && lock_->is_in_place(); }
   // Gives the lock up. Idempotent.
   void unlock() noexcept { lock_.reset(); }
 

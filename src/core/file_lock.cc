@@ -61,10 +61,18 @@ FileLock::FileLock(const std::filesystem::path& file, const Words& words) {
   const std::string holder = holder_text();
   file_.write_at(std::as_bytes(std::span(holder)), 0);
   file_.truncate(holder.size());
+  if (::fstat(file_.get(), &info) != 0) throw_system_error("open", file);
+  device_ = info.st_dev;
+  inode_ = info.st_ino;
   all.locks.insert(holding_);
 }
 
 FileLock::~FileLock() { unlock(); }
+
+bool FileLock::is_in_place() const noexcept {
+  struct stat info {};
+  return ::stat(file_.path().c_str(), &info) == 0 && info.st_dev == device_ && info.st_ino == inode_;
+}
 
 void FileLock::unlock() noexcept {
   if (!file_.is_open() || std::get<pid_t>(holding_) != getpid()) return;

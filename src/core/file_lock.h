@@ -33,6 +33,10 @@ class FileLock {
   FileLock(const FileLock&) = delete;
   FileLock& operator=(const FileLock&) = delete;
 
+  // Whether its path still leads to the file that is locked. If not, somebody has removed or replaced it, and may hold
+  // a lock of the same name.
+  bool is_in_place() const noexcept;
+
   // Gives the lock up. Idempotent; nothing in a forked child.
   void unlock() noexcept;
 
@@ -45,6 +49,7 @@ class FileLock {
 
   Holding holding_;
   FileDescriptor file_;
+  uint64_t device_ = 0, inode_ = 0;
 };
 
 }  // namespace damo

@@ -80,7 +80,18 @@ void Storage::check_process(const char* operation) const {
 
 void Storage::check_writable() const { tiers_->throw_if_failed(); }
 
+void Storage::check_in_place() const {
+  if (directory_->is_in_place()) return;
+  tiers_->fail(std::make_exception_ptr(
+      StorageError("[storage] " + path_.string() +
+                   " was removed or replaced by another program while it was open:"
+                   " nothing more is written there; close this handle, and open what is there now or restore a"
+                   " checkpoint")));
+  tiers_->throw_if_failed();
+}
+
 std::unique_lock<std::mutex> Storage::begin_operation() {
+  check_in_place();
   tiers_->wait_for_cut_memory();
   {
     std::unique_lock lock(background_mutex_);
@@ -208,7 +219,9 @@ void Storage::open_generation(const fs::path& generation) {
   tiers_ = std::make_unique<Tiers>(
       budget.rows, budget.presence, shards, *store_, *pool_,
       [this](uint64_t sequence) {
-        if (log_) log_->sync_to(sequence);  // while redoing, the log was synced before it was read
+        if (!log_) return;  // while redoing, the log was synced before it was read
+        check_in_place();   // the files of what is written are made by their names
+        log_->sync_to(sequence);
       },
       [this](uint32_t table_id) -> const TableShape* {
         const Table* table = table_by_id(table_id);
@@ -265,10 +278,9 @@ void Storage::open_generation(const fs::path& generation) {
 
 Storage::~Storage() {
   if (is_forked()) {
-    // A forked child: the threads do not exist here, and neither the files nor the memory are ours to touch.
-    maintenance_.detach();
-    prefetcher_.detach();
-    if (disk_keeper_.joinable()) disk_keeper_.detach();
+    // A forked child: the threads do not exist here, and neither the files nor the memory are ours to touch. Detaching
+    // a thread would look at it, and threads of the child may have its place by now.
+    for (std::thread* thread : {&maintenance_, &prefetcher_, &disk_keeper_}) (void)new std::thread(std::move(*thread));
     (void)tiers_.release();
     (void)log_.release();
     (void)store_.release();
@@ -317,6 +329,7 @@ void Storage::close_now() {
   std::exception_ptr failure;
   if (tiers_ && log_) {
     try {
+      check_in_place();
       tiers_->throw_if_failed();
       if (!logs_) {
         close_at_recovery_point();
@@ -325,8 +338,8 @@ void Storage::close_now() {
         cut_log();
       }
     } catch (...) {
-      // Not lost if there is a log: it has it, and the next open redoes it.
-      if (!logs_) failure = std::current_exception();
+      // Not lost if there is a log, and it is still in the directory: it has it, and the next open redoes it.
+      if (!logs_ || !directory_->is_in_place()) failure = std::current_exception();
       try {
         log_->sync();
       } catch (...) {
@@ -343,7 +356,7 @@ void Storage::close_now() {
   tiers_.reset();
   log_.reset();
   store_.reset();
-  if (!logs_) {
+  if (!logs_ && directory_->is_in_place()) {
     try {
       directory_->remove_stale_generations();  // where this process worked
     } catch (const std::exception&) {          // the next open removes it
@@ -525,6 +538,7 @@ void Storage::save_manifest() {
 
 void Storage::commit(int64_t step, std::string extra) {
   const Use use(*this, "commit");
+  check_in_place();
   if (extra.size() > kMaxExtraBytes)
     throw std::invalid_argument("[commit] extra has " + std::to_string(extra.size()) +
                                 " bytes, expected at most 16 MiB");

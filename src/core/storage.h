@@ -204,6 +204,8 @@ class Storage {
   bool is_forked() const noexcept;
   void check_process(const char* operation) const;
   void check_writable() const;
+  // StorageError, latched, when the directory is not ours any more: another storage may be there.
+  void check_in_place() const;
   // The order lock, once the log has room and an open cut has memory.
   std::unique_lock<std::mutex> begin_operation();
   void next_operation();  // the same for a further one under the same lock; it does not wait for room in the log

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <system_error>
 #include <utility>
 
 namespace damo {
@@ -23,7 +24,12 @@ std::thread start_quiet_thread(std::function<void()> body) {
 }
 
 ThreadPool::ThreadPool(size_t num_threads) {
-  for (size_t i = 1; i < num_threads; ++i) helpers_.push_back(start_quiet_thread([this] { help(); }));
+  helpers_.reserve(num_threads);
+  try {
+    for (size_t i = 1; i < num_threads; ++i) helpers_.push_back(start_quiet_thread([this] { help(); }));
+  } catch (const std::system_error&) {
+    // As many as the machine allows: the caller's thread alone would do.
+  }
 }
 
 ThreadPool::~ThreadPool() {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import operator
@@ -24,7 +25,7 @@ from damo_embedding.checkpoints import (
     read_checkpoint,
     verify_checkpoint,
 )
-from damo_embedding.errors import CorruptionError, StorageError
+from damo_embedding.errors import CorruptionError, ForkedHandleError, StorageError
 from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 from damo_embedding.progress import Progress, reporting
 from damo_embedding.rates import Rates
@@ -43,6 +44,17 @@ _MIN_DISK = 1 << 26
 
 PathLike = str | os.PathLike[str]
 _Options = tuple[int, str, int, int, tuple[int, int] | None, int]  # as the core takes them
+
+
+_open_storages: weakref.WeakSet[Storage] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """At the end of the program, while other threads can still come out of a call: later that would abort it."""
+    for storage in list(_open_storages):
+        with contextlib.suppress(ForkedHandleError):  # its parent's
+            storage._core.close()
 
 
 def _index(value: object) -> int | None:
@@ -188,6 +200,7 @@ class Storage:
 
     def _set_up(self, opened: tuple[_core.Storage, _Options]) -> None:
         self._core, self._opened_with = opened
+        _open_storages.add(self)
         self._embeddings: weakref.WeakSet[Embedding] = weakref.WeakSet()  # which go on when the content is replaced
         self._given_now: int | None = None
         self._dumping: list[int] = []  # the threads that are in a dump, which close() waits for

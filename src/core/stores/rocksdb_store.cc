@@ -56,6 +56,7 @@
 #include "block_pool.h"
 #include "blocked_signals.h"
 #include "commit_mark.h"
+#include "forked_exit.h"
 #include "read_pool.h"
 
 namespace damo {
@@ -392,6 +393,7 @@ struct Engine {
   fs::path ingest_directory() const { return settings.directory / kIngestDirectory; }
   fs::path mark_path() const { return settings.directory / kMarkName; }
 
+  const ForkedExit forked_exit;
   const StoreOptions settings;
   const std::shared_ptr<WriteState> write_state;
   const std::shared_ptr<Disposal> disposal = std::make_shared<Disposal>();

@@ -126,6 +126,12 @@ def size(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int) and 2**24 <= value < 2**48
 
 
+def ttl(value: Any) -> bool:
+    """None, seconds, a length of time."""
+    return value is None or is_integer(value, 1, 2**40) or isinstance(value, datetime.timedelta)
+
+
+boolean: Rule = lambda value: isinstance(value, bool | np.bool_)  # noqa: E731
 text = one_of("x", "user")
 extra = either(one_of(None), lambda value: isinstance(value, bytes | str))
 
@@ -144,9 +150,8 @@ class BadInput(Suite):
     name = "bad-input"
     title = "bad-input matrix: argument x wrong value x entry point"
     promise = "TypeError, ValueError or a DamoError, and every byte of the storage is as it was"
-    unit = "calls"
-    small = 2_000
-    full = 2_000
+    unit = "arguments"
+    small = full = 130  # all: some 15,000 calls
 
     def __enter__(self) -> Self:
         self._scratch = scratch()
@@ -159,6 +164,7 @@ class BadInput(Suite):
         self.storage.commit(step=1)
         self.storage.checkpoint(self.directory / "checkpoint")
         self.arguments = self._arguments()
+        assert len(self.arguments) <= self.small, f"there are {len(self.arguments)} arguments: raise `small`"
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -181,6 +187,8 @@ class BadInput(Suite):
                     "log_bytes",
                     either(one_of(None, "1GiB"), lambda value: isinstance(value, int) and 2**20 <= value < 2**62),
                 ),
+                ("ttl", ttl),
+                ("disk", either(one_of(None), lambda value: is_integer(value, 2**32, 2**62 - 1))),
             )
         ]
         restore = de.Storage.restore
@@ -207,6 +215,8 @@ class BadInput(Suite):
             Argument("verify(strict)", lambda value: storage.verify(strict=value), one_of(True, False)),
             Argument("salvage(path)", lambda value: de.Storage.salvage(value, fresh), nothing),
             Argument("salvage(out)", lambda value: de.Storage.salvage(directory / "checkpoint", value), nothing),
+            Argument("drop_group(group)", storage.drop_group, either(one_of("user"), integer(255, 255))),
+            Argument("expire(now)", storage.expire, either(one_of(None), integer(0, 2**62))),
             Argument("now", lambda value: setattr(storage, "now", value), integer(0, 2**62)),
             Argument("commit(step)", lambda value: storage.commit(value), either(one_of(None), integer(0, 2**63 - 1))),
             Argument("commit(extra)", lambda value: storage.commit(1, value), extra),
@@ -265,6 +275,15 @@ class BadInput(Suite):
                 lambda value: embedding.apply_gradients(both, out, lr=value),
                 either(one_of(None), number(0, 3.4e38)),
             ),
+            Argument("import_rows(keys)", lambda value: embedding.import_rows(value, out), _two_keys),
+            Argument("import_rows(weights)", lambda value: embedding.import_rows(both, value), _are_gradients),
+            Argument("import_rows(state)", lambda value: embedding.import_rows(both, out, value), one_of(None)),
+            Argument(
+                "import_rows(state of an entry)",
+                lambda value: embedding.import_rows(both, out, {"exp_avg": out, "exp_avg_sq": value}),
+                _are_gradients,
+            ),
+            Argument("import_rows(counts)", lambda value: embedding.import_rows(both, out, counts=value), _two_counts),
             Argument("prefetch(keys)", embedding.prefetch, keys),
             Argument("contains(keys)", embedding.contains, keys),
             Argument("erase(keys)", embedding.erase, keys),
@@ -292,6 +311,8 @@ class BadInput(Suite):
             "dimension": integer(1, 4096),
             "group": either(integer(0, 255), lambda value: isinstance(value, str) and 1 <= len(value.encode()) <= 255),
             "seed": integer(0, MANY - 1),
+            "ttl": ttl,
+            "admission": one_of(None, "all"),
         }
         found += [
             Argument(f"Embedding({name})", lambda value, n=name: de.Embedding(**{**make, n: value}), rule)
@@ -314,6 +335,26 @@ class BadInput(Suite):
                     "bias_correction": nothing,
                 },
             ),
+            (de.RowWiseAdagrad, {"lr": rate_of_optimizer, "lr_decay": number(0, 3.4e38)}),
+            (de.AMSGrad, {"lr": rate_of_optimizer, "betas": nothing}),
+            (de.AdamW, {"lr": rate_of_optimizer, "betas": nothing, "weight_decay": number(0, 3.4e38)}),
+            (de.Lion, {"lr": rate_of_optimizer, "betas": nothing, "weight_decay": number(0, 3.4e38)}),
+            (
+                de.RMSprop,
+                {"lr": rate_of_optimizer, "alpha": number(0, 1), "momentum": number(0, 1), "centered": boolean},
+            ),
+            (de.FTRL, {"lr": rate_of_optimizer}),
+            (
+                de.CountingBloomFilter,
+                {
+                    "capacity": integer(1, 2**40),
+                    "count": integer(1, 15),
+                    "fpr": number(1e-9, 0.5),
+                    "halve_every": either(one_of(None), integer(1, MANY - 1)),
+                    "reload": boolean,
+                    "path": either(one_of(None), _is_relative),
+                },
+            ),
             (de.Constant, {"value": number(-3.4e38, 3.4e38)}),
             (de.Uniform, {"low": number(-3.4e38, 3.4e38), "high": number(-3.4e38, 3.4e38)}),
             (de.Normal, {"mean": number(-1e37, 1e37), "std": number(0, 1e37)}),
@@ -330,6 +371,7 @@ class BadInput(Suite):
             ),
         ):
             needed: dict[str, Any] = {
+                de.CountingBloomFilter: {"capacity": 100},
                 de.Uniform: {"low": -1.0, "high": 1.0},
                 de.PolynomialDecay: {"lr": 0.1, "decay_steps": 10},
                 de.ExponentialDecay: {"lr": 0.1, "decay_steps": 10, "decay_rate": 0.5},
@@ -404,6 +446,13 @@ def _is_output(value: Any) -> bool:
 
 def _two_keys(value: Any) -> bool:
     return keys(value) and np.asarray(value).shape == (2,)
+
+
+def _two_counts(value: Any) -> bool:
+    if value is None:
+        return True
+    array = np.asarray(value) if not isinstance(value, list) or value == [1, 2] else np.empty(0)
+    return array.dtype.kind in "iu" and array.shape == (2,)
 
 
 def _are_gradients(value: Any) -> bool:
