@@ -154,13 +154,14 @@ for seed in range(10**9):
         while int(process.stdout.readline()) < 20:
             pass
         process.send_signal(way)
-        said, _ = process.communicate(timeout=100)
+        said = process.stdout.read()
+        process.wait(timeout=100)
     # Python makes an exception of SIGINT; SIGTERM ends the process where it stands.
     assert process.returncode == -way
     storage, embedding = opened(path)
     with storage:
         assert (storage.stats()["redone_records"] > 0) == (way == signal.SIGTERM)
-        XX
+        assert embedding.step - int([20, *said.split()][-1]) in (0, 1)
 
 
 def test_a_program_that_ends_without_a_close_writes_what_changed_and_does_not_rewrite_the_rest(path: Path) -> None:
