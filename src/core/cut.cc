@@ -109,8 +109,8 @@ CheckpointFile describe_file(const fs::path& directory, const std::string& name)
 }  // namespace
 
 void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilters* filters) {
-  // Most of the log goes to disk before anybody is stopped.
-  log_->sync();
+  // Most of the log goes to disk before anybody is stopped. (A storage that is open read-only has none.)
+  if (log_) log_->sync();
   // Neither is waited for while the other is held: an operation that holds the order lock may wait for an eviction, and
   // the eviction for the write lock.
   std::unique_lock write(tiers_->write_mutex(), std::defer_lock);
@@ -119,7 +119,7 @@ void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilter
   const auto stopped = std::chrono::steady_clock::now();
   if (manifest_changed_) save_manifest();  // before the log counts rows of a new group
   const CutInfo info{counters(), manifest_, read_clock()};
-  if (!log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
+  if (log_ && !log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
   if (filters != nullptr) filters->begin(info.counters.sequence);
   tiers_->note_cut_pause(std::chrono::steady_clock::now() - stopped);
   tiers_->cut(std::move(write), std::move(order), info.counters.sequence, [&] {
@@ -142,6 +142,7 @@ std::shared_ptr<const StoreSnapshot> Storage::snapshot(CutInfo& info) {
 std::vector<std::string> Storage::checkpoint(const fs::path& directory, int64_t step, std::string extra, uint64_t keep,
                                              const FillCheckpoint& fill) {
   const Use use(*this, "checkpoint");
+  check_may_change("checkpoint");  // its table files and filters are shared with the storage's, which are the writer's
   check_writable();
   if (extra.size() > kMaxExtraBytes)
     throw std::invalid_argument("[checkpoint] extra has " + std::to_string(extra.size()) +

@@ -44,9 +44,10 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
   const std::string shown = path_.string();
   std::error_code error;
   const fs::file_status status = fs::status(path_, error);
+  const bool must_exist = mode == OpenMode::kOpen || mode == OpenMode::kReadOnly;
   if (!fs::exists(status)) {
     if (error && status.type() != fs::file_type::not_found) throw_system_error("open", path_, error.value());
-    if (mode == OpenMode::kOpen)
+    if (must_exist)
       throw StorageError("[open] " + shown + " does not exist: create it with Storage.create(path) or Storage(path)");
     if (const fs::path parent = path_.has_filename() ? path_.parent_path() : path_.parent_path().parent_path();
         !fs::is_directory(parent, error))
@@ -75,12 +76,13 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
     throw CorruptionError("[open] " + shown +
                           " has lost its file CURRENT: restore a checkpoint into another directory");
   }
-  if (!has_current && mode == OpenMode::kOpen)
+  if (!has_current && must_exist)
     throw StorageError("[open] " + shown + " is empty: create the storage with Storage.create(path) or Storage(path)");
   if (has_current && mode == OpenMode::kCreate)
     throw StorageError("[create] " + shown +
                        " is a storage already: open it with Storage.open(path), or give another directory");
 
+  if (mode == OpenMode::kReadOnly) return;
   try {
     lock_.emplace(path_ / "LOCK", FileLock::Words{shown, "Storage", "directory"});
   } catch (const StorageError& refused) {

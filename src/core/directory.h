@@ -26,12 +26,14 @@ bool is_name_of_storage(const std::string& name);
 // The live generation of the storage at `path`. CorruptionError when CURRENT is damaged or names nothing.
 std::filesystem::path live_generation(const std::filesystem::path& path);
 
-enum class OpenMode { kOpenOrCreate, kCreate, kOpen };
+enum class OpenMode { kOpenOrCreate, kCreate, kOpen, kReadOnly };
 
 class StorageDirectory {
  public:
   // Takes the lock. AlreadyOpenError names the holder; StorageError: not ours, absent (kOpen), already a
   // storage (kCreate), not a directory, not writable. A creation that was interrupted starts again.
+  // kReadOnly: changes nothing and takes no lock. Nor does it look whether somebody holds it: a process that closes any
+  // descriptor of LOCK would give up the lock that it may have itself.
   StorageDirectory(const std::filesystem::path& path, OpenMode mode);
   StorageDirectory(const StorageDirectory&) = delete;
   StorageDirectory& operator=(const StorageDirectory&) = delete;
