@@ -67,9 +67,13 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
   }
   if (error) throw_system_error("open", path_, error.value());
   if (!has_current && !creating && !empty) {
-    if (fs::exists(path_ / "CHECKPOINT", error))
+    if (fs::exists(path_ / "CHECKPOINT", error)) {
+      is_checkpoint_ = mode == OpenMode::kReadOnly;
+      if (is_checkpoint_) return;
       throw StorageError("[open] " + shown +
-                         " is a checkpoint: restore it into another directory with Storage.restore(checkpoint, path)");
+                         " is a checkpoint: restore it into another directory with Storage.restore(checkpoint, path),"
+                         " or look at it with Storage(checkpoint, read_only=True)");
+    }
     if (foreign)
       throw StorageError("[open] " + shown +
                          " is not a storage: it holds other files and no CURRENT; give an empty or absent directory");
@@ -117,7 +121,7 @@ fs::path live_generation(const fs::path& path) {
   return generation;
 }
 
-fs::path StorageDirectory::generation() const { return live_generation(path_); }
+fs::path StorageDirectory::generation() const { return is_checkpoint_ ? path_ : live_generation(path_); }
 
 void StorageDirectory::replace_generation(const std::function<void(const fs::path&)>& build) {
   uint64_t number = 0;

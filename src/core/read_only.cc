@@ -19,6 +19,7 @@
 //
 // What vanishes or changes in between makes one of the steps fail, and the whole is tried again. An error is believed
 // when the directory has stood still.
+#include <fcntl.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -33,6 +34,7 @@
 #include <utility>
 
 #include "budget.h"
+#include "checkpoints.h"
 #include "error.h"
 #include "log_view.h"
 #include "rescue.h"
@@ -105,13 +107,47 @@ std::string groups_in(Manifest manifest) {
 
 struct Storage::View {
   fs::path generation;
-  std::unique_ptr<LogView> log;
+  std::unique_ptr<LogView> log;  // null: a checkpoint, which needs none
+  StorageCounters counters;      // of a checkpoint
   Manifest manifest;
   std::map<uint32_t, FileDescriptor> filters;  // by table id
+  FileDescriptor presence;                     // not open: there is none
   std::unique_ptr<Store> rows;
+
+  void hold_files(size_t cache_bytes);
 };
 
+// All but the log.
+void Storage::View::hold_files(size_t cache_bytes) {
+  manifest = read_manifest(generation / "MANIFEST");
+  for (const TableSpec& spec : manifest.tables)
+    if (spec.admission && spec.admission->saved != 0)
+      filters[spec.table_id] =
+          open_saved_filter(generation, {manifest.storage_id, spec.table_id, spec.admission->saved});
+  try {
+    // Of no later moment than the rows: it may have been built anew since, without what was erased.
+    presence = FileDescriptor("open", generation / "presence", O_RDONLY);
+  } catch (const MissingFileError&) {
+  }
+  StoreOptions options;
+  options.directory = generation / "rocksdb";
+  options.cache_bytes = cache_bytes;
+  options.read_only = true;
+  options.hold_files = true;
+  rows = open_rocksdb_store(options);
+}
+
 Storage::View Storage::hold_view(const StorageDirectory& directory, size_t cache_bytes) {
+  if (directory.is_checkpoint()) {
+    // Nobody changes it; its rows' bytes are looked at when they are read.
+    View view;
+    view.generation = directory.path();
+    const CheckpointManifest made = read_checkpoint(view.generation);
+    check_lengths(view.generation, made);
+    view.counters = restored_counters(made);
+    view.hold_files(cache_bytes);
+    return view;
+  }
   return look_beside_a_writer(directory.path(), kAttempts, [&] {
     View view;
     view.generation = directory.generation();
@@ -119,20 +155,10 @@ Storage::View Storage::hold_view(const StorageDirectory& directory, size_t cache
       if (!fs::is_directory(view.generation / part))
         throw CorruptionError("[open] the directory " + (view.generation / part).string() +
                               " is missing: restore a checkpoint");
-    // The log belongs to the storage that the manifest tells of, so that one is read once before.
-    view.manifest = read_manifest(view.generation / "MANIFEST");
-    view.log = std::make_unique<LogView>(view.generation / "log", view.manifest.storage_id);
-    view.manifest = read_manifest(view.generation / "MANIFEST");
-    for (const TableSpec& spec : view.manifest.tables)
-      if (spec.admission && spec.admission->saved != 0)
-        view.filters[spec.table_id] =
-            open_saved_filter(view.generation, {view.manifest.storage_id, spec.table_id, spec.admission->saved});
-    StoreOptions options;
-    options.directory = view.generation / "rocksdb";
-    options.cache_bytes = cache_bytes;
-    options.read_only = true;
-    options.hold_files = true;
-    view.rows = open_rocksdb_store(options);
+    // Whose log it is, which never changes.
+    const StorageId id = read_manifest(view.generation / "MANIFEST").storage_id;
+    view.log = std::make_unique<LogView>(view.generation / "log", id);
+    view.hold_files(cache_bytes);
     view.log->extend();
     if (groups_in(read_manifest(view.generation / "MANIFEST")) != groups_in(view.manifest) ||
         directory.generation() != view.generation)
@@ -187,22 +213,32 @@ void Storage::open_view(View view) {
       });
   tiers_->lend(check_filter_memory("open", 0));
 
-  view_log_bytes_ = view.log->bytes();
-  view_synced_ = view.log->synced_sequence();
-  view.log->read(
-      [&](uint64_t first_sequence, std::string_view state) {
-        redo_sequence_ = first_sequence - 1;
-        // Where there is none, every key is looked for on the disk: to build it would be to read all rows.
-        if (store_->stats().files == 0 || tiers_->presence().load(presence_file(), first_sequence - 1))
-          tiers_->presence().set_complete();
-        const StorageCounters counters =
-            decode_counters(std::as_bytes(std::span(state)), (generation_ / "log" / "(oldest segment)").string());
-        clock_ = counters.clock;
-        last_commit_ = counters.last_commit;
-        for (const TableCounters& table : counters.tables)
-          if (Table* known = table_by_id(table.table_id)) known->set_counters(table);
-      },
-      [&](const LogRecord& record) { redo(record); }, manifest_.cut);
+  const auto begin = [&](const StorageCounters& counters) {
+    redo_sequence_ = counters.sequence;
+    // Where there is none, every key is looked for on the disk: to build it would be to read all rows.
+    if (store_->stats().files == 0 ||
+        (view.presence.is_open() && tiers_->presence().load(view.presence, counters.sequence)))
+      tiers_->presence().set_complete();
+    clock_ = counters.clock;
+    last_commit_ = counters.last_commit;
+    for (const TableCounters& table : counters.tables)
+      if (Table* known = table_by_id(table.table_id)) known->set_counters(table);
+  };
+  if (view.log) {
+    view_log_bytes_ = view.log->bytes();
+    view_synced_ = view.log->synced_sequence();
+    view.log->read(
+        [&](uint64_t first_sequence, std::string_view state) {
+          StorageCounters counters =
+              decode_counters(std::as_bytes(std::span(state)), (generation_ / "log" / "(oldest segment)").string());
+          counters.sequence = first_sequence - 1;
+          begin(counters);
+        },
+        [&](const LogRecord& record) { redo(record); }, manifest_.cut);
+  } else {
+    begin(view.counters);
+    view_synced_ = view.counters.sequence;
+  }
   note_lifetimes();
   for (const auto& table : tables_)
     if (table && table->counters().lifetime != table->spec().lifetime) count_rows_anew(*table);
@@ -247,6 +283,11 @@ void Storage::verify_files(VerifyReport& report) const {
       report.damages.push_back({path_.string(), wrong.what(), {}, {}, {}});
     }
   };
+  if (directory_->is_checkpoint()) {
+    attempt([&] { verify_checkpoint(path_); });
+    ++report.files;
+    return;
+  }
   attempt([&] {
     const View view = hold_view(*directory_, kVerifyCache);
     report.files += view.log->num_segments() + view.filters.size();

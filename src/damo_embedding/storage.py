@@ -137,7 +137,8 @@ class Storage:
     Any number of threads may use it, and any number of embeddings. A forked child may not: it opens its own.
 
     Args:
-        path: The storage's directory (str or Path); its parent exists. One process has it open at a time.
+        path: The storage's directory (str or Path); its parent exists. One process has it open at a time, beside any
+            number with read_only.
         memory: The budget in bytes, or a text such as "2GiB" (1024-based; "2GB" is 1000-based): rows in
             memory, their index, and everything RocksDB holds. At least 16 MiB; may differ from one open to
             the next. The process's resident memory grows by no more than this plus 10 %, beside the arrays of
@@ -156,10 +157,10 @@ class Storage:
             When it fills, the rows that were updated least often and longest ago are erased
             (`stats()["forgotten"]`). It has to hold the files that a compaction replaces beside the new ones, so
             that the rows that stay take about a third of it. None: no limit.
-        read_only: Look at a storage without touching a byte of it, also while another process trains it, or from a
-            disk that cannot be written to. It shows one moment, that of the opening: what an opening would have shown
-            had the writer died then (`last_commit`, `stats()["sequence"]`). Open it again to see what came since.
-            All that reads works, `lookup` with insert=False; all that changes is a ReadOnlyError. `now` is the
+        read_only: Look at a storage, or a checkpoint, without touching a byte of it, also while another process trains
+            it, or on a disk that cannot be written to. It shows one moment, that of the opening: what an opening would
+            have shown had the writer died then (`last_commit`, `stats()["sequence"]`). Open it again to see what came
+            since. All that reads works, `lookup` with insert=False; all that changes is a ReadOnlyError. `now` is the
             reader's own clock. Goes with `memory` and `threads` alone.
 
     Raises:

@@ -604,10 +604,7 @@ def test_there_must_be_a_storage(path: Path, tmp_path: Path) -> None:
         de.Storage(path, read_only=True)
     with pytest.raises(de.StorageError, match="is not a directory"):
         de.Storage(path / "file", read_only=True)
-    with de.Storage(tmp_path / "other.damo", **SMALL_MEMORY) as storage:
-        storage.checkpoint(tmp_path / "checkpoint")
-    with untouched(tmp_path), pytest.raises(de.StorageError, match="is a checkpoint"):
-        de.Storage(tmp_path / "checkpoint", read_only=True)
+    de.Storage(tmp_path / "other.damo", **SMALL_MEMORY).close()
     with de.Storage(tmp_path / "other.damo", **READ) as reader:
         assert (reader.groups(), reader.last_commit, reader.stats()["sequence"]) == ({}, None, 0)
 
@@ -620,6 +617,43 @@ def test_a_storage_whose_creation_was_cut_short_is_empty(path: Path) -> None:
     with untouched(path), de.Storage(path, **READ) as reader:
         assert (reader.groups(), reader.stats()["sequence"], reader.stats()["rows"]) == ({}, 0, 0)
     assert storage.closed
+
+
+def test_a_checkpoint_is_read_where_it_lies(path: Path, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint"
+    with make(path, close=False) as writer:
+        counting(writer).lookup([7, 7, 8])
+        writer.checkpoint(place, step=5, extra=b"five")
+        expected, sequence = all_rows(writer), writer.stats()["sequence"]
+        train(writer, 30)
+    with untouched(place), de.Storage(place, **READ) as reader:
+        assert (reader.last_commit, reader.stats()["sequence"]) == ((5, b"five"), sequence)
+        for name, rows in all_rows(reader).items():
+            assert_same_rows(rows, expected[name])
+        admission = counting(reader).admission
+        assert admission is not None
+        assert admission.estimate([7, 8, 9]).tolist() == [2, 1, 0]
+        users_of(reader).lookup(np.arange(-500, 500), insert=False)
+        assert reader.verify().rows == sum(map(len, expected.values()))
+        reader.dump(tmp_path / "dump.bin")
+        for name in ("MANIFEST", "dump.bin"):
+            with pytest.raises(de.StorageError, match="outside"):
+                reader.dump(place / name)
+        with pytest.raises(de.ReadOnlyError):
+            reader.commit(step=6)
+        table = next(place.glob("rocksdb/*.sst"))
+        shutil.copy(table, tmp_path / "table")
+    with pytest.raises(de.StorageError, match="read_only=True"):
+        de.Storage(place)
+    table.unlink()
+    data = bytearray((tmp_path / "table").read_bytes())
+    data[50] ^= 1
+    table.write_bytes(data)
+    with untouched(place), de.Storage(place, **READ) as reader:
+        assert any(table.name in damage.what for damage in reader.verify(strict=False).damages)
+    table.unlink()
+    with untouched(place), pytest.raises(de.CorruptionError, match="missing"):
+        de.Storage(place, read_only=True)
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
