@@ -267,9 +267,10 @@ def as_served(storage: trainee.Trainee) -> Any:
     return SimpleNamespace(trainee=storage)
 
 
-def look(base: Path, shape: Shape) -> Found:
+def look(base: Path, shape: Shape, verify: bool = False) -> Found:
     one = trainee.Trainee(base, shape, READ, None)
     try:
+        assert not verify or one.storage.verify().damages == ()
         return trainee.look(as_served(one))
     finally:
         one.storage.close()
@@ -306,7 +307,7 @@ def test_every_opening_beside_a_writer_is_exactly_one_of_its_moments(
         while not told.ended and not told.died and len(found) < 80:
             hear(session, told)
             low = told.done
-            one = look(base, shape)
+            one = look(base, shape, len(found) % 4 == 0)
             hear(session, told)
             found.append((low, told.issued, one))
         hear_the_rest(told, session)
@@ -383,18 +384,18 @@ def counting(storage: de.Storage) -> de.Embedding:
         de.Zeros(),
         dimension=4,
         group=1,
-        admission=de.CountingBloomFilter(capacity=20_000, count=15),
+        admission=de.CountingBloomFilter(capacity=200_000, count=15),
     )
 
 
 def count_keys(path: Path, stop: Any) -> None:
-    """Each lookup is an operation that adds COUNTED keys to the filter."""
+    """Each lookup is an operation that adds COUNTED keys to the filter, and never one that has come before."""
     with de.Storage(path, memory="16MiB", threads=1, log_bytes="1MiB") as storage:
         table = counting(storage)
-        number = 0
-        while not stop.is_set():
-            table.lookup(np.arange(COUNTED) + COUNTED * (number % 5000))
-            number += 1
+        for number in range(4000):
+            table.lookup(np.arange(COUNTED) + COUNTED * number)
+            if stop.wait(0.0005):
+                return
 
 
 @pytest.mark.slow
@@ -422,7 +423,7 @@ def test_filters_are_of_the_same_moment_as_the_rows_however_often_the_log_is_cut
         stop.set()
         writer.join()
     with de.Storage(path, **READ) as reader, de.Storage(path, **SMALL_MEMORY) as storage:
-        keys = np.arange(0, 100_000, 7)
+        keys = np.arange(0, 500_000, 7)
         ours, theirs = counting(reader).admission, counting(storage).admission
         assert ours is not None
         assert theirs is not None
