@@ -81,7 +81,7 @@ auto look_beside_a_writer(const fs::path& directory, int attempts, const Look& l
   }
 }
 
-Manifest read_manifest(const fs::path& file) {
+Manifest manifest_from(const fs::path& file) {
   std::string bytes;
   try {
     bytes = read_file(file, kMaxManifestBytes);
@@ -119,7 +119,7 @@ struct Storage::View {
 
 // All but the log.
 void Storage::View::hold_files(size_t cache_bytes) {
-  manifest = read_manifest(generation / "MANIFEST");
+  manifest = manifest_from(generation / "MANIFEST");
   for (const TableSpec& spec : manifest.tables)
     if (spec.admission && spec.admission->saved != 0)
       filters[spec.table_id] =
@@ -156,11 +156,11 @@ Storage::View Storage::hold_view(const StorageDirectory& directory, size_t cache
         throw CorruptionError("[open] the directory " + (view.generation / part).string() +
                               " is missing: restore a checkpoint");
     // Whose log it is, which never changes.
-    const StorageId id = read_manifest(view.generation / "MANIFEST").storage_id;
+    const StorageId id = manifest_from(view.generation / "MANIFEST").storage_id;
     view.log = std::make_unique<LogView>(view.generation / "log", id);
     view.hold_files(cache_bytes);
     view.log->extend();
-    if (groups_in(read_manifest(view.generation / "MANIFEST")) != groups_in(view.manifest) ||
+    if (groups_in(manifest_from(view.generation / "MANIFEST")) != groups_in(view.manifest) ||
         directory.generation() != view.generation)
       throw StorageError("[open] " + directory.path().string() +
                          " changes faster than it can be looked at: try again, or open a checkpoint of it");

@@ -19,7 +19,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::string_view kPrefix = "damo-scratch-";
+constexpr std::string_view kScratchPrefix = "damo-scratch-";
 
 [[noreturn]] void refuse(const fs::path& place, int error) {
   throw StorageError("[scratch] " + place.string() + ": " + std::strerror(error) +
@@ -44,7 +44,7 @@ void remove_leftovers(const fs::path& place) {
   std::error_code error;
   for (fs::directory_iterator entry(place, error); !error && entry != fs::directory_iterator();
        entry.increment(error)) {
-    if (!entry->path().filename().string().starts_with(kPrefix)) continue;
+    if (!entry->path().filename().string().starts_with(kScratchPrefix)) continue;
     try {
       const FileDescriptor directory("scratch", entry->path(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
       struct stat info {};
@@ -63,7 +63,7 @@ ScratchDirectory::ScratchDirectory() {
   const fs::path place = place_for_temporary_files();
   remove_leftovers(place);
   while (true) {
-    std::string name = (place / (std::string(kPrefix) + "XXXXXX")).string();
+    std::string name = (place / (std::string(kScratchPrefix) + "XXXXXX")).string();
     if (::mkdtemp(name.data()) == nullptr) refuse(place, errno);
     path_ = name;
     try {
