@@ -32,6 +32,8 @@ void bind_errors(nb::module_&) {
       raise("SchemaMismatchError", error);
     } catch (const damo::StorageError& error) {
       raise("StorageError", error);
+    } catch (const damo::ReadOnlyError& error) {
+      raise("ReadOnlyError", error);
     } catch (const damo::ClosedError& error) {
       raise("ClosedError", error);
     } catch (const damo::AlreadyOpenError& error) {

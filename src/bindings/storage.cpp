@@ -59,6 +59,7 @@ std::unique_ptr<Storage> open_storage(const std::string& path, const std::string
   options.log_bytes = log_bytes;
   options.lifetime = lifetime_of(ttl);
   options.disk_bytes = disk_bytes;
+  options.read_only = mode == "read_only";
   const nb::gil_scoped_release released;
   return Storage::open(path, options, mode_of(mode));
 }
@@ -227,6 +228,7 @@ void bind_storage(nb::module_& m) {
                   "log_bytes"_a, "ttl"_a.none(), "disk_bytes"_a)
       .def_prop_ro("path", [](const Storage& storage) { return storage.path().string(); })
       .def_prop_ro("closed", &Storage::closed)
+      .def_prop_ro("read_only", &Storage::read_only)
       .def_prop_ro(
           "id",
           [](const Storage& storage) {

@@ -32,11 +32,12 @@ fs::path staging_path(const fs::path& wanted) {
   return staged;
 }
 
-// What takes the place of a file of the storage would be its end, and what lies in a generation goes with it.
-void check_is_not_of_storage(const char* operation, const fs::path& wanted, const fs::path& storage) {
+// What takes the place of a file of the storage would be its end, and what lies in a generation goes with it. Where
+// nothing may be touched nothing may come, either.
+void check_is_not_of_storage(const char* operation, const fs::path& wanted, const fs::path& storage, bool read_only) {
   const fs::path place = fs::canonical(wanted.parent_path()) / wanted.filename(), own = fs::canonical(storage);
   const auto [end, name] = std::mismatch(own.begin(), own.end(), place.begin(), place.end());
-  if (end == own.end() && name != place.end() && is_name_of_storage(*name))
+  if (end == own.end() && name != place.end() && (read_only || is_name_of_storage(*name)))
     throw StorageError(std::string("[") + operation + "] " + wanted.string() +
                        " is among the storage's own files, in " + name->string() + " of " + own.string() +
                        ": give a place outside of it");
@@ -110,9 +111,11 @@ CheckpointFile describe_file(const fs::path& directory, const std::string& name)
 
 void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilters* filters,
                   const std::function<void()>& first) {
-  check_in_place();
-  // Most of the log goes to disk before anybody is stopped.
-  log_->sync();
+  // Most of the log goes to disk before anybody is stopped. (A storage that is open read-only has none.)
+  if (log_) {
+    check_in_place();
+    log_->sync();
+  }
   // Neither is waited for while the other is held: an operation that holds the order lock may wait for an eviction, and
   // the eviction for the write lock.
   std::unique_lock write(tiers_->write_mutex(), std::defer_lock);
@@ -122,7 +125,7 @@ void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilter
   if (first) first();
   if (manifest_changed_) save_manifest();  // before the log counts rows of a new group
   const CutInfo info{counters(), manifest_, read_clock()};
-  if (!log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
+  if (log_ && !log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
   if (filters != nullptr) filters->begin(info.counters.sequence);
   tiers_->note_cut_pause(std::chrono::steady_clock::now() - stopped);
   tiers_->cut(std::move(write), std::move(order), info.counters.sequence, [&] {
@@ -145,6 +148,7 @@ std::shared_ptr<const StoreSnapshot> Storage::snapshot(CutInfo& info) {
 std::vector<std::string> Storage::checkpoint(const fs::path& directory, int64_t step, std::string extra, uint64_t keep,
                                              const FillCheckpoint& fill) {
   const Use use(*this, "checkpoint");
+  check_may_change("checkpoint");  // its table files and filters are shared with the storage's, which are the writer's
   check_writable();
   if (extra.size() > kMaxExtraBytes)
     throw std::invalid_argument("[checkpoint] extra has " + std::to_string(extra.size()) +
@@ -157,7 +161,7 @@ std::vector<std::string> Storage::checkpoint(const fs::path& directory, int64_t 
   if (!fs::is_directory(wanted.parent_path()))
     throw StorageError("[checkpoint] the directory " + wanted.parent_path().string() +
                        " does not exist: make it first");
-  check_is_not_of_storage("checkpoint", wanted, path_);
+  check_is_not_of_storage("checkpoint", wanted, path_, false);
   StagedDirectory staged(wanted, building_suffix(id()));
   CheckpointManifest manifest;
   Manifest groups;
@@ -218,8 +222,7 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
   }
   // An identity of its own: the log of one restore is never taken for that of another.
   restored.storage_id = make_restored_id(manifest.storage_id);
-  StorageCounters counters = manifest.counters;
-  if (manifest.step >= 0 || !manifest.extra.empty()) counters.last_commit = CommitRecord{manifest.step, manifest.extra};
+  const StorageCounters counters = restored_counters(manifest);
 
   StorageDirectory directory(path, OpenMode::kOpenOrCreate);
   directory.replace_generation([&](const fs::path& generation) {
@@ -258,7 +261,7 @@ uint64_t Storage::dump(const fs::path& file, const DumpConditions& conditions, c
     throw StorageError("[dump] " + wanted.string() + " is a device, a pipe or a socket: give the name of a file");
   if (!fs::is_directory(wanted.parent_path()))
     throw StorageError("[dump] the directory " + wanted.parent_path().string() + " does not exist: make it first");
-  check_is_not_of_storage("dump", wanted, path_);
+  check_is_not_of_storage("dump", wanted, path_, options_.read_only);
   CutInfo info;
   const std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
 

@@ -44,9 +44,10 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
   const std::string shown = path_.string();
   std::error_code error;
   const fs::file_status status = fs::status(path_, error);
+  const bool must_exist = mode == OpenMode::kOpen || mode == OpenMode::kReadOnly;
   if (!fs::exists(status)) {
     if (error && status.type() != fs::file_type::not_found) throw_system_error("open", path_, error.value());
-    if (mode == OpenMode::kOpen)
+    if (must_exist)
       throw StorageError("[open] " + shown + " does not exist: create it with Storage.create(path) or Storage(path)");
     if (const fs::path parent = path_.has_filename() ? path_.parent_path() : path_.parent_path().parent_path();
         !fs::is_directory(parent, error))
@@ -66,21 +67,26 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
   }
   if (error) throw_system_error("open", path_, error.value());
   if (!has_current && !creating && !empty) {
-    if (fs::exists(path_ / "CHECKPOINT", error))
+    if (fs::exists(path_ / "CHECKPOINT", error)) {
+      is_checkpoint_ = mode == OpenMode::kReadOnly;
+      if (is_checkpoint_) return;
       throw StorageError("[open] " + shown +
-                         " is a checkpoint: restore it into another directory with Storage.restore(checkpoint, path)");
+                         " is a checkpoint: restore it into another directory with Storage.restore(checkpoint, path),"
+                         " or look at it with Storage(checkpoint, read_only=True)");
+    }
     if (foreign)
       throw StorageError("[open] " + shown +
                          " is not a storage: it holds other files and no CURRENT; give an empty or absent directory");
     throw CorruptionError("[open] " + shown +
                           " has lost its file CURRENT: restore a checkpoint into another directory");
   }
-  if (!has_current && mode == OpenMode::kOpen)
+  if (!has_current && must_exist)
     throw StorageError("[open] " + shown + " is empty: create the storage with Storage.create(path) or Storage(path)");
   if (has_current && mode == OpenMode::kCreate)
     throw StorageError("[create] " + shown +
                        " is a storage already: open it with Storage.open(path), or give another directory");
 
+  if (mode == OpenMode::kReadOnly) return;
   try {
     lock_.emplace(path_ / "LOCK", FileLock::Words{shown, "Storage", "directory"});
   } catch (const StorageError& refused) {
@@ -115,7 +121,7 @@ fs::path live_generation(const fs::path& path) {
   return generation;
 }
 
-fs::path StorageDirectory::generation() const { return live_generation(path_); }
+fs::path StorageDirectory::generation() const { return is_checkpoint_ ? path_ : live_generation(path_); }
 
 void StorageDirectory::replace_generation(const std::function<void(const fs::path&)>& build, const fs::path& working) {
   uint64_t number = 0;

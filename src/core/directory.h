@@ -28,18 +28,21 @@ bool is_name_of_storage(const std::string& name);
 // The live generation of the storage at `path`. CorruptionError when CURRENT is damaged or names nothing.
 std::filesystem::path live_generation(const std::filesystem::path& path);
 
-enum class OpenMode { kOpenOrCreate, kCreate, kOpen };
+enum class OpenMode { kOpenOrCreate, kCreate, kOpen, kReadOnly };
 
 class StorageDirectory {
  public:
   // Takes the lock. AlreadyOpenError names the holder; StorageError: not ours, absent (kOpen), already a
   // storage (kCreate), not a directory, not writable. A creation that was interrupted starts again.
+  // kReadOnly: changes nothing and takes no lock; a checkpoint will do, too. Nor does it look whether somebody holds
+  // it: a process that closes any descriptor of LOCK would give up the lock that it may have itself.
   StorageDirectory(const std::filesystem::path& path, OpenMode mode);
   StorageDirectory(const StorageDirectory&) = delete;
   StorageDirectory& operator=(const StorageDirectory&) = delete;
 
   const std::filesystem::path& path() const noexcept { return path_; }
   bool is_new() const noexcept { return is_new_; }  // there is no generation yet
+  bool is_checkpoint() const noexcept { return is_checkpoint_; }
   // The live generation's directory. CorruptionError when CURRENT is damaged or names nothing.
   std::filesystem::path generation() const;
   // Calls build(directory) with a fresh, empty directory, syncs it, makes it the live generation, for good, and removes
@@ -60,6 +63,7 @@ class StorageDirectory {
   std::filesystem::path path_;
   std::optional<FileLock> lock_;
   bool is_new_ = false;
+  bool is_checkpoint_ = false;
 };
 
 }  // namespace damo

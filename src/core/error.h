@@ -42,6 +42,12 @@ class DiskFullError : public StorageError {
   using StorageError::StorageError;
 };
 
+// A change was asked of a storage that is open to be read only.
+class ReadOnlyError : public Error {
+ public:
+  using Error::Error;
+};
+
 class ClosedError : public Error {
  public:
   using Error::Error;

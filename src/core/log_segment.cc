@@ -154,6 +154,8 @@ SegmentReader::SegmentReader(const FileDescriptor& file, const StorageId& storag
     : file_(file), file_bytes_(file.bytes()), source_(file.path().string()) {
   ::posix_fadvise(file.get(), 0, 0, POSIX_FADV_SEQUENTIAL);
   read_head(storage_id);
+  // After the marks were read: what they tell of is in the file by then.
+  file_bytes_ = file.bytes();
 }
 
 void SegmentReader::read_head(const StorageId& storage_id) {
@@ -256,6 +258,34 @@ Bytes SegmentReader::peek(uint64_t size) {
   end_ = have + file_.read_at({buffer_.get() + have, capacity_ - have}, offset_ + have);
   if (end_ < size) throw_damaged(source_, offset_ + end_, "the file became shorter while it was read");
   return {buffer_.get(), size};
+}
+
+void read_records(SegmentReader& reader, const std::filesystem::path& path, bool is_newest, uint64_t& last,
+                  const std::function<void(const LogRecord&)>& on_record) {
+  const SyncMark mark = reader.mark();
+  LogRecord record;
+  record.source = path.string();
+  bool mark_met = false;
+  for (;; reader.next()) {
+    if (reader.offset() == mark.offset) mark_met = mark.sequence == last;
+    if (reader.at_end()) break;
+    if (const auto bad = reader.read(record)) {
+      // The next segment was created only after this one was synced, so only the newest may have a torn end.
+      if (!is_newest || reader.offset() < mark.offset) throw_damaged(path, reader.offset(), *bad);
+      break;
+    }
+    // Its checksum is right: no torn write explains it.
+    if (record.sequence != last + 1)
+      throw_damaged(
+          path, reader.offset(),
+          "operation " + std::to_string(record.sequence) + " where " + std::to_string(last + 1) + " was expected");
+    on_record(record);
+    last = record.sequence;
+  }
+  if (!mark_met)
+    throw_damaged(path, reader.offset(),
+                  "the records do not reach, or do not fit, the sync mark at offset " + std::to_string(mark.offset) +
+                      " (operation " + std::to_string(mark.sequence) + ")");
 }
 
 }  // namespace damo

@@ -65,7 +65,8 @@ constexpr uint64_t record_padding(uint64_t bytes) { return (8 - bytes % 8) % 8; 
 // the record's length was checked against the file's.
 class SegmentReader {
  public:
-  // Reads and checks the head. `file` outlives the reader and does not grow meanwhile.
+  // Reads and checks the head. `file` outlives the reader. Somebody may be appending to it: what comes after this is
+  // not read.
   SegmentReader(const FileDescriptor& file, const StorageId& storage_id);
 
   uint64_t number() const { return number_; }
@@ -89,7 +90,7 @@ class SegmentReader {
   void skip(uint64_t size);
 
   const FileDescriptor& file_;
-  const uint64_t file_bytes_;
+  uint64_t file_bytes_;
   const std::string source_;
   uint64_t number_ = 0;
   uint64_t first_sequence_ = 0;
@@ -103,5 +104,11 @@ class SegmentReader {
   std::unique_ptr<std::byte[]> buffer_;
   size_t capacity_ = 0, begin_ = 0, end_ = 0;
 };
+
+// Reads records up to the end, which in the newest segment may be torn: a bad record behind the sync mark is the end
+// there. Leaves the reader at the end of the last record, and its number in `last`, where the number of the one before
+// the first is at the start. CorruptionError: damage, or a number that does not follow.
+void read_records(SegmentReader& reader, const std::filesystem::path& path, bool is_newest, uint64_t& last,
+                  const std::function<void(const LogRecord&)>& on_record);
 
 }  // namespace damo

@@ -212,6 +212,12 @@ bool is_same_lineage(const std::array<std::byte, 16>& one, const std::array<std:
   return std::memcmp(one.data(), other.data(), one.size() / 2) == 0;
 }
 
+StorageCounters restored_counters(const CheckpointManifest& manifest) {
+  StorageCounters counters = manifest.counters;
+  if (manifest.step >= 0 || !manifest.extra.empty()) counters.last_commit = CommitRecord{manifest.step, manifest.extra};
+  return counters;
+}
+
 std::string encode_checkpoint(const CheckpointManifest& manifest) {
   std::string body;
   ByteWriter writer(body);

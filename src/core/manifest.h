@@ -56,6 +56,8 @@ struct CheckpointManifest {
   int64_t created = 0;  // wall time, seconds
   std::vector<CheckpointFile> files;
 };
+// As they go on from: its own step and extra, when given, are the last commit.
+StorageCounters restored_counters(const CheckpointManifest& manifest);
 std::string encode_checkpoint(const CheckpointManifest& manifest);
 CheckpointManifest decode_checkpoint(Bytes bytes, const std::string& source);
 

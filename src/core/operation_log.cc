@@ -207,8 +207,6 @@ struct OperationLog::Impl {
   void recover(const std::function<void(uint64_t, std::string_view)>& on_state,
                const std::function<void(const LogRecord&)>& on_record, uint64_t dropped);
   void pass_over_dropped(SegmentFiles& files, uint64_t dropped) const;
-  void read_records(SegmentReader& reader, const std::filesystem::path& path, bool is_newest,
-                    const std::function<void(const LogRecord&)>& on_record);
   void settle_end(Segment& segment, const SyncMark& mark, uint64_t file_bytes);
 };
 
@@ -238,7 +236,7 @@ void OperationLog::Impl::recover(const std::function<void(uint64_t, std::string_
                     "it starts with operation " + std::to_string(reader.first_sequence()) +
                         ", the segment before it ends with " + std::to_string(last));
     }
-    read_records(reader, path, number == newest, on_record);
+    read_records(reader, path, number == newest, last, on_record);
     if (number != newest) {
       finished.push_back({path, reader.offset(), last});
       ::posix_fadvise(file.get(), 0, 0, POSIX_FADV_DONTNEED);
@@ -275,35 +273,6 @@ void OperationLog::Impl::pass_over_dropped(SegmentFiles& files, uint64_t dropped
       files.leftovers.push_back(old->second);
     return;
   }
-}
-
-// Leaves the reader at the end of the last record, and its number in `last`.
-void OperationLog::Impl::read_records(SegmentReader& reader, const std::filesystem::path& path, bool is_newest,
-                                      const std::function<void(const LogRecord&)>& on_record) {
-  const SyncMark mark = reader.mark();
-  LogRecord record;
-  record.source = path.string();
-  bool mark_met = false;
-  for (;; reader.next()) {
-    if (reader.offset() == mark.offset) mark_met = mark.sequence == last;
-    if (reader.at_end()) break;
-    if (const auto bad = reader.read(record)) {
-      // The next segment was created only after this one was synced, so only the newest may have a torn end.
-      if (!is_newest || reader.offset() < mark.offset) throw_damaged(path, reader.offset(), *bad);
-      break;
-    }
-    // Its checksum is right: no torn write explains it.
-    if (record.sequence != last + 1)
-      throw_damaged(
-          path, reader.offset(),
-          "operation " + std::to_string(record.sequence) + " where " + std::to_string(last + 1) + " was expected");
-    on_record(record);
-    last = record.sequence;
-  }
-  if (!mark_met)
-    throw_damaged(path, reader.offset(),
-                  "the records do not reach, or do not fit, the sync mark at offset " + std::to_string(mark.offset) +
-                      " (operation " + std::to_string(mark.sequence) + ")");
 }
 
 // Cuts what is behind the last record, and makes what was read durable: it may have come from the page cache only.

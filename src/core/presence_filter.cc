@@ -78,9 +78,16 @@ void PresenceFilter::save(const std::filesystem::path& file, uint64_t sequence) 
 }
 
 bool PresenceFilter::load(const std::filesystem::path& file, uint64_t oldest_sequence) {
+  try {
+    return load(FileDescriptor("load the presence filter", file, O_RDONLY), oldest_sequence);
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+bool PresenceFilter::load(const FileDescriptor& in, uint64_t oldest_sequence) {
   // Twice: first to check, then to add. It can always be built again, so whatever is wrong means no.
   try {
-    const FileDescriptor in("load the presence filter", file, O_RDONLY);
     const size_t head = kMagic.size() + 24, total = head + bytes();
     if (in.bytes() != total + 8) return false;
     std::vector<std::byte> piece;
@@ -94,7 +101,7 @@ bool PresenceFilter::load(const std::filesystem::path& file, uint64_t oldest_seq
         if (in.read_at(piece, at) != size) return false;
         checksum = checksum64(piece, checksum);
         if (at == 0 && !add) {
-          ByteReader reader(piece, file.string());
+          ByteReader reader(piece, in.path().string());
           if (std::memcmp(reader.take(kMagic.size()).data(), kMagic.data(), kMagic.size()) != 0) return false;
           const auto version = reader.get<uint32_t>();
           reader.get<uint32_t>();

@@ -14,6 +14,7 @@
 #include <filesystem>
 #include <memory>
 
+#include "file.h"
 #include "format.h"
 
 namespace damo {
@@ -34,6 +35,7 @@ class PresenceFilter {
   // Adds what was saved. False, with nothing added, when there is no file, it is damaged, of another size, or older
   // than `oldest_sequence`: then the filter must be built from the cold tier.
   bool load(const std::filesystem::path& file, uint64_t oldest_sequence);
+  bool load(const FileDescriptor& in, uint64_t oldest_sequence);
 
   size_t bytes() const noexcept { return num_blocks_ * sizeof(Block); }
 

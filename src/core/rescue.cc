@@ -185,32 +185,36 @@ VerifyReport Storage::verify() {
       report.damages.push_back({file.string(), wrong.what(), {}, {}, {}});
     }
   };
-  attempt(path_ / "CURRENT", [&] { (void)directory_->generation(); });
-  const fs::path& record = record_directory();
-  attempt(record / "MANIFEST", [&] { read_manifest(record / "MANIFEST"); });
-  const SegmentFiles log = list_segments(record / "log");
-  std::optional<uint64_t> last;
-  for (const auto& [number, path] : log.segments) {
-    const bool is_newest = number == log.segments.rbegin()->first;
-    std::unique_lock order(order_, std::defer_lock);
-    if (is_newest) order.lock();  // it does not grow meanwhile; the cut began it, so it is short
-    if (!read_segment(
-            path, info.manifest.storage_id, is_newest, last, report.damages, [](const SegmentReader&) {},
-            [&](const LogRecord&) { ++report.records; }))
-      last.reset();
-    ++report.files;
-    std::error_code ignored;
-    report.bytes += fs::file_size(path, ignored);
-  }
+  if (options_.read_only) {
+    verify_files(report);
+  } else {
+    attempt(path_ / "CURRENT", [&] { (void)directory_->generation(); });
+    const fs::path& record = record_directory();
+    attempt(record / "MANIFEST", [&] { read_manifest(record / "MANIFEST"); });
+    const SegmentFiles log = list_segments(record / "log");
+    std::optional<uint64_t> last;
+    for (const auto& [number, path] : log.segments) {
+      const bool is_newest = number == log.segments.rbegin()->first;
+      std::unique_lock order(order_, std::defer_lock);
+      if (is_newest) order.lock();  // it does not grow meanwhile; the cut began it, so it is short
+      if (!read_segment(
+              path, info.manifest.storage_id, is_newest, last, report.damages, [](const SegmentReader&) {},
+              [&](const LogRecord&) { ++report.records; }))
+        last.reset();
+      ++report.files;
+      std::error_code ignored;
+      report.bytes += fs::file_size(path, ignored);
+    }
 
-  for (const TableSpec& spec : info.manifest.tables) {
-    if (!spec.admission || spec.admission->saved == 0) continue;
-    const SavedFilter saved{info.manifest.storage_id, spec.table_id, spec.admission->saved};
-    attempt(record / saved.name(), [&] {
-      CountingBloomFilter filter(spec.admission->filter);
-      read_saved_filter(record, saved, filter);
-    });
-    ++report.files;
+    for (const TableSpec& spec : info.manifest.tables) {
+      if (!spec.admission || spec.admission->saved == 0) continue;
+      const SavedFilter saved{info.manifest.storage_id, spec.table_id, spec.admission->saved};
+      attempt(record / saved.name(), [&] {
+        CountingBloomFilter filter(spec.admission->filter);
+        read_saved_filter(record, saved, filter);
+      });
+      ++report.files;
+    }
   }
 
   const fs::path cold = generation_ / "rocksdb";

@@ -18,16 +18,9 @@ namespace fs = std::filesystem;
 
 constexpr std::string_view kPrefix = "filter-";
 
-// Opens the file and reads its head, which must be that of the filter wanted, in a file of the right length.
-FilterHead open_saved(const fs::path& path, const SavedFilter& saved, const CountingBloomFilter& wanted,
-                      FileDescriptor& file) {
-  try {
-    file = FileDescriptor("open", path, O_RDONLY | O_NONBLOCK);
-  } catch (const MissingFileError&) {
-    throw CorruptionError("[open] the file " + path.string() +
-                          ", which has how often keys were seen, is missing (damaged at offset 0): restore a"
-                          " checkpoint");
-  }
+// Reads the file's head, which must be that of the filter wanted, in a file of the right length.
+FilterHead read_saved_head(const FileDescriptor& file, const SavedFilter& saved, const CountingBloomFilter& wanted) {
+  const fs::path& path = file.path();
   FilterHead head = read_filter_head(file, saved.seed());
   if (head.settings != wanted.settings() || head.layout != wanted.layout())
     throw_damaged(path, 16,
@@ -59,10 +52,24 @@ uint64_t SavedFilter::seed() const {
 
 bool is_name_of_saved_filter(const std::string& name) { return name.starts_with(kPrefix); }
 
-void read_saved_filter(const fs::path& directory, const SavedFilter& saved, CountingBloomFilter& filter) {
-  FileDescriptor file;
-  const FilterHead head = open_saved(directory / saved.name(), saved, filter, file);
+FileDescriptor open_saved_filter(const fs::path& directory, const SavedFilter& saved) {
+  const fs::path path = directory / saved.name();
+  try {
+    return FileDescriptor("open", path, O_RDONLY | O_NONBLOCK);
+  } catch (const MissingFileError&) {
+    throw CorruptionError("[open] the file " + path.string() +
+                          ", which has how often keys were seen, is missing (damaged at offset 0): restore a"
+                          " checkpoint");
+  }
+}
+
+void read_saved_filter(const FileDescriptor& file, const SavedFilter& saved, CountingBloomFilter& filter) {
+  const FilterHead head = read_saved_head(file, saved, filter);
   read_filter_counters(file, head, saved.seed(), filter);
+}
+
+void read_saved_filter(const fs::path& directory, const SavedFilter& saved, CountingBloomFilter& filter) {
+  read_saved_filter(open_saved_filter(directory, saved), saved, filter);
 }
 
 void reseal_saved_filter(const fs::path& from_directory, const SavedFilter& from, const FilterSettings& settings,

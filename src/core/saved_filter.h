@@ -34,8 +34,11 @@ struct SavedFilter {
 // Whether a file of a generation has such a name, or had it while it was written.
 bool is_name_of_saved_filter(const std::string& name);
 
-// Fills an empty `filter` from the file of that name in `directory`. CorruptionError: it is missing, damaged, of
-// another storage, table, moment, or other settings.
+// The file of that name in `directory`; CorruptionError: it is missing.
+FileDescriptor open_saved_filter(const std::filesystem::path& directory, const SavedFilter& saved);
+// Fills an empty `filter` from the file. CorruptionError: it is damaged, of another storage, table, moment, or other
+// settings.
+void read_saved_filter(const FileDescriptor& file, const SavedFilter& saved, CountingBloomFilter& filter);
 void read_saved_filter(const std::filesystem::path& directory, const SavedFilter& saved, CountingBloomFilter& filter);
 
 // Verifies the file and writes it once more as that of another storage, synced; the directory is not.

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "budget.h"
 #include "error.h"
 #include "planted.h"
 #include "saved_filters.h"
@@ -23,22 +24,6 @@ constexpr size_t kMaxQueuedPrefetches = 4;
 constexpr std::chrono::milliseconds kLookAgain{100};
 constexpr std::chrono::seconds kLookForSpace{1};
 constexpr size_t kPrefetchRows = 256;  // that memory is waited for at a time
-
-// The budget, divided. What is left for rows and their index is the rest.
-struct Budget {
-  explicit Budget(size_t memory) {
-    cache = memory / 8;                                                   // RocksDB: index, filters, blocks
-    write = std::clamp<size_t>(memory / 16, size_t{2} << 20, 64u << 20);  // table files being written
-    // Batches, records on their way to the log; and what does not follow the budget (threads, RocksDB's own objects),
-    // which counts for most when the budget is small.
-    scratch = std::max(memory / 8, std::min(memory / 4, size_t{16} << 20));
-    presence = memory / 32;  // which keys are in the cold tier
-    rows = memory - cache - write - scratch - presence;
-  }
-  size_t cache, write, scratch, presence, rows;
-  // Of the memory for rows, what filters may have.
-  size_t filters() const { return rows / 2; }
-};
 
 thread_local bool asking_for_rates = false;
 
@@ -78,6 +63,13 @@ void Storage::check_process(const char* operation) const {
                             std::to_string(getpid()) + ": open it after the fork, or keep it in the parent");
 }
 
+void Storage::check_may_change(const char* operation, const char* instead) const {
+  if (options_.read_only)
+    throw ReadOnlyError(std::string("[") + operation + "] the storage " + path_.string() +
+                        " is open read-only, and nothing was changed: " + instead +
+                        "open it without read_only to change it");
+}
+
 void Storage::check_writable() const { tiers_->throw_if_failed(); }
 
 void Storage::check_in_place() const {
@@ -91,6 +83,7 @@ void Storage::check_in_place() const {
 }
 
 std::unique_lock<std::mutex> Storage::begin_operation() {
+  check_may_change("change rows");  // whoever comes here was asked before; there is no log
   check_in_place();
   tiers_->wait_for_cut_memory();
   {
@@ -160,6 +153,7 @@ std::unique_ptr<Storage> Storage::open(const fs::path& path, const StorageOption
                                 " bytes, expected at least " + std::to_string(kMinMemoryBytes) + " (16 MiB)");
   if (options.threads > 1024)
     throw std::invalid_argument("[open] threads is " + std::to_string(options.threads) + ", expected 1 to 1024");
+  if (options.read_only) return open_read_only(path, options);
   auto directory = std::make_unique<StorageDirectory>(path, mode);
   if (directory->is_new()) {
     directory->replace_generation([](const fs::path& generation) {
@@ -346,8 +340,8 @@ void Storage::close_now() {
         failure = std::current_exception();
       }
     }
-    tiers_->stop();
   }
+  if (tiers_) tiers_->stop();
   try {
     if (store_) store_->close();
   } catch (...) {
@@ -394,6 +388,7 @@ size_t Storage::check_filter_memory(const char* operation, size_t more) const {
 
 Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, WantedAdmission admission) {
   const Use use(*this, "embedding");
+  const bool read_only = options_.read_only;
   const std::lock_guard opening(opening_);
   std::unique_lock order(order_);
   if (!wanted.name.empty()) {
@@ -432,6 +427,9 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, Wanted
     const std::optional<FilterSettings> filter = known.filter_settings();
     const bool add_filter = wanted.admission && !filter, remove_filter = admission.kind == Wanted::kAll && filter;
     if (wanted.admission && filter) check_same_filter(known.spec(), admission.filter);
+    if (add_filter || remove_filter) check_may_change("embedding", "leave admission out, or ");
+    if (lifetime && (*lifetime != known.spec().lifetime || !known.spec().own_lifetime))
+      check_may_change("embedding", "leave ttl out, or ");
     if (known.in_use_ && (add_filter || remove_filter))
       throw SchemaMismatchError("[embedding] " + known.spec().label() + " is open " +
                                 (add_filter ? "without an admission filter" : "with an admission filter") +
@@ -463,7 +461,7 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, Wanted
     for (TableSpec& spec : manifest_.tables) {
       if (spec.group != wanted.group || spec.optimizer_settings == known.spec().optimizer_settings) continue;
       spec.optimizer_settings = known.spec().optimizer_settings;
-      manifest_changed_ = true;
+      manifest_changed_ = !read_only;
     }
     if (lifetime && (*lifetime != known.spec().lifetime || !known.spec().own_lifetime)) {
       order.unlock();
@@ -471,6 +469,7 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, Wanted
     }
     return known;
   }
+  if (read_only) throw_no_such_group(wanted);
   check_writable();
   wanted.lifetime = lifetime.value_or(manifest_.lifetime);
   wanted.own_lifetime = lifetime.has_value();
@@ -496,6 +495,7 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, Wanted
 
 void Storage::drop_group(uint32_t group) {
   const Use use(*this, "drop_group");
+  check_may_change("drop_group");
   const std::lock_guard opening(opening_);
   const std::lock_guard cutting(cutting_);
   // No cut is open while the write lock is held, so no row of the group has to be kept for one.
@@ -538,6 +538,7 @@ void Storage::save_manifest() {
 
 void Storage::commit(int64_t step, std::string extra) {
   const Use use(*this, "commit");
+  check_may_change("commit");
   check_in_place();
   if (extra.size() > kMaxExtraBytes)
     throw std::invalid_argument("[commit] extra has " + std::to_string(extra.size()) +
@@ -578,9 +579,9 @@ StorageStats Storage::stats() const {
   StorageStats stats;
   stats.tiers = tiers_->stats();
   stats.store = store_->stats();
-  stats.log_bytes = log_->bytes();
-  stats.sequence = log_->last_sequence();
-  stats.synced_sequence = log_->synced_sequence();
+  stats.log_bytes = log_ ? log_->bytes() : view_log_bytes_;
+  stats.sequence = log_ ? log_->last_sequence() : redo_sequence_;
+  stats.synced_sequence = log_ ? log_->synced_sequence() : view_synced_;
   stats.redone_records = redone_records_;
   stats.clock_held_seconds = clock_held_seconds();
   stats.forgotten = forgotten_;

@@ -3,6 +3,7 @@
 // A storage: one directory, its groups, its operation log, its rows in memory and on disk. Start here.
 //
 //   storage.cc      open, groups, commit, close, the clock, the background threads
+//   read_only.cc    open to be read only, beside a writer or without one
 //   redo.cc         what the log says happened, done again after a crash
 //   expiry.cc       the clock, lifetimes, what expired, dropped groups, the limit on disk
 //   cut.cc          cut, checkpoint, restore, dump
@@ -12,7 +13,8 @@
 // Thread safety: all methods of Storage and Table, from any thread. Operations that change rows are numbered,
 // logged and applied in one order; lookups run beside them.
 //
-// Errors: see error.h. ClosedError after close(), ForkedHandleError in a forked child. When the log or the cold tier
+// Errors: see error.h. ClosedError after close(), ForkedHandleError in a forked child, ReadOnlyError for a change of a
+// storage that is open to be read only. When the log or the cold tier
 // fails to write, the storage latches: reads go on, every later change throws the first error; reopening redoes what
 // was logged, or in mode commit goes back to the last commit.
 #pragma once
@@ -65,6 +67,9 @@ struct StorageOptions {
   uint64_t log_bytes = 0;              // 0: max(1 GiB, 4 x memory), at most an eighth of the free disk
   std::optional<Lifetime> lifetime{};  // of groups that were given none; absent: as stored
   uint64_t disk_bytes = 0;             // what the directory may take, at least 4 x memory; 0: no limit
+  // Nothing of the directory is touched. What is seen is what an opening after a crash would have seen at that moment;
+  // it stays so, whatever a writer does. Of the options above, memory and threads.
+  bool read_only = false;
 };
 
 struct StorageStats {
@@ -109,6 +114,8 @@ class Storage {
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
 
+  bool read_only() const noexcept { return options_.read_only; }
+
   // Opens a group, or makes it. `wanted.group` is kNumGroups when only a name is given. The Table lives as long as the
   // storage. std::invalid_argument, SchemaMismatchError.
   // `lifetime`: of this group alone; absent: as stored, else the storage's.
@@ -147,7 +154,8 @@ class Storage {
   uint64_t dump(const std::filesystem::path& file, const DumpConditions& conditions, const DumpProgress& progress = {});
 
   // Seconds since 1970: what was set, or else the wall clock; it never runs back. While groups age by seconds, a step
-  // forward of more than kMaxClockStep is not taken before expire() confirms it.
+  // forward of more than kMaxClockStep is not taken before expire() confirms it. Of a storage that is open read-only
+  // it is the reader's own clock, which is taken as it is set.
   int64_t now() const;
   void set_now(int64_t now);           // std::invalid_argument for such a step
   int64_t clock_held_seconds() const;  // how far the clock is ahead of what is believed
@@ -203,6 +211,8 @@ class Storage {
   };
   bool is_forked() const noexcept;
   void check_process(const char* operation) const;
+  // ReadOnlyError. `instead`: what else would do.
+  void check_may_change(const char* operation, const char* instead = "") const;
   void check_writable() const;
   // StorageError, latched, when the directory is not ours any more: another storage may be there.
   void check_in_place() const;
@@ -220,10 +230,18 @@ class Storage {
   StorageCounters counters() const;  // the order lock is held
 
   void open_generation(const std::filesystem::path& generation);
+  // The directory as it was at one moment, in open files: what becomes of their names does not matter.
+  struct View;
+  static std::unique_ptr<Storage> open_read_only(const std::filesystem::path& path, const StorageOptions& options);
+  static View hold_view(const StorageDirectory& directory, size_t cache_bytes);
+  void open_view(View view);
+  void count_rows_anew(Table& table);
+  void verify_files(VerifyReport& report) const;  // of a read-only storage: as they are now
   void redo(const LogRecord& record);
   void save_manifest();  // the order lock is held, or nobody else is there
   Table* table_by_id(uint32_t table_id) const;
-  void settle_lifetimes();  // at open, after redo
+  [[noreturn]] void throw_no_such_group(const TableSpec& wanted) const;  // read-only; order lock held
+  void settle_lifetimes();                                               // at open, after redo
   void change_lifetime(Table& table, const Lifetime& lifetime, bool own);
   bool is_too_far(int64_t from, int64_t to) const noexcept;  // a step of the clock that needs to be confirmed
   void note_lifetimes();                                     // order lock held
@@ -321,7 +339,9 @@ class Storage {
   std::atomic<uint64_t> forgotten_{0};
   uint64_t log_limit_ = 0;
   uint64_t redone_records_ = 0;
-  uint64_t redo_sequence_ = 0;  // of the record being redone, while there is no log yet
+  uint64_t redo_sequence_ = 0;   // of the record being redone, while there is no log yet
+  uint64_t view_log_bytes_ = 0;  // of the log that a read-only storage has seen
+  uint64_t view_synced_ = 0;
 
   // background
   // In an object of its own, which a forked child leaves alone: a condition that a thread of the parent waits on would

@@ -37,6 +37,9 @@ struct StoreOptions {
   int read_threads = 16;            // concurrent reads of one multi_get
   bool read_only = false;
   bool tolerate_damage = false;  // with read_only: opens beside a table file that cannot be opened; reading that fails
+  // With read_only: all table files are opened at once and stay open, so that they can be read whatever becomes of
+  // their names. StorageError when the process may not have so many files open.
+  bool hold_files = false;
 };
 
 // One file of a linked copy, relative to its directory.
@@ -126,5 +129,9 @@ class Store {
 
 std::unique_ptr<Store> open_memory_store(const StoreOptions& options);
 std::unique_ptr<Store> open_rocksdb_store(const StoreOptions& options);
+// Over `base`, which is not changed: what is written lies above it, in `memory_bytes` of memory and, when it is more,
+// in a store of these options in a directory for temporary files (scratch_directory.h). It goes with the store.
+std::unique_ptr<Store> open_layered_store(std::unique_ptr<Store> base, size_t memory_bytes,
+                                          const StoreOptions& options);
 
 }  // namespace damo

@@ -113,6 +113,8 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
   check_positions("lookup", keys.size());
   const Storage::Use use(storage_, "lookup");
   check_exists("lookup");
+  if (insert)
+    storage_.check_may_change("lookup", "pass insert=False, which gives no key a row (a torch module: eval()), or ");
   Tiers& tiers = *storage_.tiers_;
   auto batch = std::make_shared<Batch>(keys, padding);
   batch->table = this;
@@ -126,7 +128,9 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
       shape_.first_weights(batch->mixed[r], to);
   };
   batch->by_shard = std::make_shared<const ShardOrder>(*batch, tiers.hot());
-  Tiers::HotRead read = tiers.read_hot(shape_, expiry, *batch, *batch->by_shard, out, insert);
+  // Memory that no training fills is for the rows that are read.
+  const bool keep = storage_.options_.read_only;
+  Tiers::HotRead read = tiers.read_hot(shape_, expiry, *batch, *batch->by_shard, out, insert || keep);
   if (insert) {
     // All in one record, so that after a crash the lookup made all of its rows or none.
     std::vector<uint32_t> fresh = std::move(read.gone);
@@ -143,6 +147,11 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
       else
         create(*batch, fresh, absent_at, out);
     }
+  } else if (keep) {
+    if (!read.missing.empty())
+      for (const uint32_t r : tiers.bring_in(shape_, expiry, *batch, std::move(read.missing), out).rows)
+        first_weights(r);
+    for (const uint32_t r : read.gone) first_weights(r);
   } else {
     tiers.read_through(shape_, expiry, *batch, std::move(read.missing), [&](uint32_t r, const Tiers::Seen& seen) {
       float* to = out + batch->first[r] * dimension;
@@ -353,6 +362,7 @@ void Table::apply_gradients(std::span<const Update> updates) {
   if (updates.empty()) return;
   Storage& storage = updates[0].table->storage_;
   const Storage::Use use(storage, "apply_gradients");
+  storage.check_may_change("apply_gradients");
   std::vector<Sums> sums;
   for (const Update& update : updates) {
     const Table& table = *update.table;
@@ -643,6 +653,7 @@ uint64_t Table::apply_sums(const Batch& batch, std::span<const uint64_t> keys, c
 uint64_t Table::erase(std::span<const uint64_t> keys) {
   check_positions("erase", keys.size());
   const Storage::Use use(storage_, "erase");
+  storage_.check_may_change("erase");
   check_exists("erase");
   return erase(keys, Erased::kLiving, ~uint64_t{0});
 }
@@ -694,6 +705,7 @@ uint64_t Table::erase(std::span<const uint64_t> keys, Erased what, uint64_t newe
 void Table::import_rows(std::span<const uint64_t> keys, std::span<const uint32_t> update_counts, const float* floats) {
   check_positions("import_rows", keys.size());
   const Storage::Use use(storage_, "import_rows");
+  storage_.check_may_change("import_rows");
   check_exists("import_rows");
   Tiers& tiers = *storage_.tiers_;
   const Batch batch(keys, std::nullopt);

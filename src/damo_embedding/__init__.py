@@ -15,6 +15,7 @@ from damo_embedding.errors import (
     CorruptionError,
     DamoError,
     ForkedHandleError,
+    ReadOnlyError,
     SchemaMismatchError,
     StorageError,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "Optimizer",
     "PolynomialDecay",
     "RMSprop",
+    "ReadOnlyError",
     "RowInfo",
     "RowWiseAdagrad",
     "Rows",

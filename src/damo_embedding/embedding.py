@@ -81,6 +81,7 @@ class Embedding:
 
     Raises:
         SchemaMismatchError: The group is stored, or open, with other settings.
+        ReadOnlyError: The storage is open read-only, and has no such group, or one with another ttl or filter.
         ValueError, TypeError: An argument is out of range or of the wrong type; or the filter does not fit into the
             storage's memory budget.
 
@@ -255,6 +256,7 @@ class Embedding:
             TypeError: keys are not integers, or `out` is not float32.
             ValueError: `out` has another shape, or is not contiguous or not writable.
             CorruptionError, StorageError: A row could not be read; `out` is then unspecified.
+            ReadOnlyError: The storage is open read-only: pass insert=False.
         """
         array = parse_keys("lookup", keys)
         if missing not in ("initial", "zeros"):

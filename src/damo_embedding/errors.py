@@ -6,6 +6,7 @@ Exception
     ├── CorruptionError        bytes on disk are not what was written; names the file and the offset or key
     ├── SchemaMismatchError    the storage holds a group, or the file a filter, of other settings
     ├── StorageError           the operating system or the cold tier refused: I/O error, disk full, memory
+    ├── ReadOnlyError          a change was asked of a storage that is open with read_only=True
     ├── ClosedError            used after close()
     ├── AlreadyOpenError       another process, or another handle, has the directory or file open; names the holder
     └── ForkedHandleError      used in a child process after fork(); open the storage there
@@ -21,6 +22,7 @@ __all__ = [
     "CorruptionError",
     "DamoError",
     "ForkedHandleError",
+    "ReadOnlyError",
     "SchemaMismatchError",
     "StorageError",
 ]
@@ -40,6 +42,10 @@ class SchemaMismatchError(DamoError):
 
 class StorageError(DamoError):
     """The operating system or the cold tier refused: I/O error, disk full, out of memory."""
+
+
+class ReadOnlyError(DamoError):
+    """A change was asked of a storage that is open with read_only=True."""
 
 
 class ClosedError(DamoError):

@@ -25,7 +25,7 @@ from damo_embedding.checkpoints import (
     read_checkpoint,
     verify_checkpoint,
 )
-from damo_embedding.errors import CorruptionError, ForkedHandleError, StorageError
+from damo_embedding.errors import CorruptionError, ForkedHandleError, ReadOnlyError, StorageError
 from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 from damo_embedding.progress import Progress, reporting
 from damo_embedding.rates import Rates
@@ -149,7 +149,8 @@ class Storage:
     Any number of threads may use it, and any number of embeddings. A forked child may not: it opens its own.
 
     Args:
-        path: The storage's directory (str or Path); its parent exists. One process has it open at a time.
+        path: The storage's directory (str or Path); its parent exists. One process has it open at a time, beside any
+            number with read_only.
         memory: The budget in bytes, or a text such as "2GiB" (1024-based; "2GB" is 1000-based): rows in
             memory, their index, and everything RocksDB holds. At least 16 MiB; may differ from one open to
             the next. The process's resident memory grows by no more than this plus 10 %, beside the arrays of
@@ -171,9 +172,14 @@ class Storage:
             (`stats()["forgotten"]`). It has to hold the files that a compaction replaces beside the new ones, so
             that the rows that stay take about a third of it; in mode "commit", which has the files of the last
             commit as well, about a sixth. None: no limit.
+        read_only: Look at a storage, or a checkpoint, without touching a byte of it, also while another process trains
+            it, or on a disk that cannot be written to. It shows one moment, that of the opening: what an opening would
+            have shown had the writer died then (`last_commit`, `stats()["sequence"]`). Open it again to see what came
+            since. All that reads works, `lookup` with insert=False; all that changes is a ReadOnlyError. `now` is the
+            reader's own clock. Goes with `memory` and `threads` alone.
 
     Raises:
-        AlreadyOpenError: The directory is open elsewhere.
+        AlreadyOpenError: The directory is open elsewhere, and read_only is False.
         CorruptionError: Its files are damaged.
         StorageError: It is not a storage, not writable, not a directory.
         ValueError, TypeError: An argument is out of range or of the wrong type.
@@ -195,8 +201,9 @@ class Storage:
         log_bytes: int | str | None = None,
         ttl: Ttl | None = None,
         disk: int | str | None = None,
+        read_only: bool = False,
     ) -> None:
-        self._set_up(self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk))
+        self._set_up(self._open(path, "open_or_create", memory, durability, threads, log_bytes, ttl, disk, read_only))
 
     def _set_up(self, opened: tuple[_core.Storage, _Options]) -> None:
         self._core, self._opened_with = opened
@@ -251,9 +258,20 @@ class Storage:
         log_bytes: int | str | None,
         ttl: Ttl | None,
         disk: int | str | None,
+        read_only: bool = False,
     ) -> tuple[_core.Storage, _Options]:
         text = parse_path("open", "path", path)
         options = cls._options(memory, durability, threads, log_bytes, ttl, disk)
+        if not isinstance(read_only, bool):
+            raise TypeError(f"[open] read_only is {read_only!r}, expected True or False")
+        if read_only:
+            given = {"durability": durability != "logged", "log_bytes": log_bytes is not None}
+            given |= {"ttl": ttl is not None, "disk": disk is not None}
+            if idle := [name for name, is_given in given.items() if is_given]:
+                raise ValueError(
+                    f"[open] {' and '.join(idle)} given with read_only=True, which writes nothing: leave it out"
+                )
+            mode = "read_only"
         return _core.Storage.open(text, mode, *options), options
 
     @classmethod
@@ -267,6 +285,11 @@ class Storage:
 
         An error leaves the content as it was. Calls on other threads meanwhile get a ClosedError.
         """
+        if self.read_only:
+            raise ReadOnlyError(
+                f"[restore] the storage {self.path} is open read-only, and nothing was changed: open it without"
+                " read_only to go back to a checkpoint"
+            )
         embeddings = list(self._embeddings)
         _core.check_layouts(checkpoint, [embedding._table for embedding in embeddings])
         rates = {embedding: self._rates.followed(embedding._table) for embedding in embeddings}
@@ -312,9 +335,10 @@ class Storage:
         log_bytes: int | str | None = None,
         ttl: Ttl | None = None,
         disk: int | str | None = None,
+        read_only: bool = False,
     ) -> Self:
         """An existing storage; StorageError if there is none."""
-        return cls._wrap(cls._open(path, "open", memory, durability, threads, log_bytes, ttl, disk))
+        return cls._wrap(cls._open(path, "open", memory, durability, threads, log_bytes, ttl, disk, read_only))
 
     @classmethod
     def restore(
@@ -466,6 +490,11 @@ class Storage:
     def path(self) -> str:
         """The storage's directory."""
         return self._core.path
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it was opened with read_only=True."""
+        return self._core.read_only
 
     @property
     def closed(self) -> bool:
@@ -798,7 +827,7 @@ class Storage:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Storage({self.path!r}{', closed' if self.closed else ''})"
+        return f"Storage({self.path!r}{', read_only' if self.read_only else ''}{', closed' if self.closed else ''})"
 
     def __reduce__(self) -> Any:
         raise TypeError("[storage] a Storage cannot be pickled or copied: open the directory where it is needed")

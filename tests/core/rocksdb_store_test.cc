@@ -250,6 +250,67 @@ TEST_CASE("rocksdb store: a read-only store changes no file") {
   CHECK(files_under(path) == before);
 }
 
+TEST_CASE("rocksdb store: one that holds its files goes on when a writer has replaced them") {
+  TemporaryDirectory directory;
+  const auto path = directory / "store";
+  const auto writer = open_rocksdb_store(options_for(path));
+  for (uint64_t i = 0; i < 10; ++i) commit(*writer, numbered(i * 100, i * 100 + 150, i));
+  const Entries expected = scan(*writer->snapshot());
+  StoreOptions options = options_for(path);
+  options.read_only = options.hold_files = true;
+  const auto reader = open_rocksdb_store(options);
+  const auto tables = tables_in(path);
+  commit(*writer, numbered(0, 2000, 77));
+  writer->compact(nullptr);
+  const auto is_gone = [](const fs::path& table) { return !fs::exists(table); };
+  CHECK(std::any_of(tables.begin(), tables.end(), is_gone));
+  CHECK(scan(*reader->snapshot()) == expected);
+  CHECK(read(*reader, sorted_keys(0, 2000)) == expected);
+  uint64_t files = 0, bytes = 0;
+  CHECK(reader->verify(files, bytes).empty());
+  writer->close();
+  fs::remove_all(path);
+  CHECK(scan(*reader->snapshot()) == expected);
+  CHECK(read(*reader, sorted_keys(0, 2000)) == expected);
+}
+
+TEST_CASE("rocksdb store: one that may not hold its files says what limit it needs") {
+  TemporaryDirectory directory;
+  const auto path = directory / "store";
+  commit(*open_rocksdb_store(options_for(path)), numbered(0, 10));
+  for (int i = 0; i < 300; ++i) write_file_atomically(path / ("9" + std::to_string(10'000 + i) + ".sst"), "no table");
+  StoreOptions options = options_for(path);
+  options.read_only = options.hold_files = true;
+  struct rlimit before {};
+  REQUIRE(getrlimit(RLIMIT_NOFILE, &before) == 0);
+  const struct rlimit low { 256, before.rlim_max };
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &low) == 0);
+  std::string said;
+  try {
+    open_rocksdb_store(options);
+  } catch (const StorageError& error) {
+    said = error.what();
+  }
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &before) == 0);
+  CHECK(said.find("ulimit -n") != std::string::npos);
+  // Files that nobody knows are left alone.
+  CHECK(read(*open_rocksdb_store(options), sorted_keys(0, 10)).size() == 10);
+  CHECK(tables_in(path).size() == 301);
+}
+
+TEST_CASE("rocksdb store: one that is being made has no rows to hold") {
+  TemporaryDirectory directory;
+  const auto path = directory / "store";
+  make_directory(path);
+  StoreOptions options = options_for(path);
+  options.read_only = options.hold_files = true;
+  CHECK(scan(*open_rocksdb_store(options)->snapshot()).empty());
+  CHECK(fs::is_empty(path));
+  commit(*open_rocksdb_store(options_for(path)), numbered(0, 10));
+  fs::remove(path / "CURRENT");
+  CHECK_THROWS_AS(open_rocksdb_store(options), Error);
+}
+
 TEST_CASE("rocksdb store: a batch of several files appears at once, with the checksums RocksDB keeps") {
   TemporaryDirectory directory;
   const auto store = open_rocksdb_store(options_for(directory / "store"));

@@ -223,6 +223,64 @@ class TableKeeper final : public rocksdb::FileSystemWrapper {
   const Flag uncertain_ = std::make_shared<std::atomic<bool>>(false);
 };
 
+// The file system of a store that is opened to be read: whatever this or another version of RocksDB may think of, no
+// file and no directory is made, changed or removed.
+class ReadOnlyFiles final : public rocksdb::FileSystemWrapper {
+ public:
+  explicit ReadOnlyFiles(const std::shared_ptr<rocksdb::FileSystem>& system) : FileSystemWrapper(system) {}
+
+  using Options = rocksdb::IOOptions;
+  using Debug = rocksdb::IODebugContext;
+  using Status = rocksdb::IOStatus;
+
+  const char* Name() const override { return "damo.ReadOnlyFiles"; }
+  Status NewWritableFile(const std::string& path, const rocksdb::FileOptions&,
+                         std::unique_ptr<rocksdb::FSWritableFile>*, Debug*) override {
+    return refused(path);
+  }
+  Status ReopenWritableFile(const std::string& path, const rocksdb::FileOptions&,
+                            std::unique_ptr<rocksdb::FSWritableFile>*, Debug*) override {
+    return refused(path);
+  }
+  Status ReuseWritableFile(const std::string& path, const std::string&, const rocksdb::FileOptions&,
+                           std::unique_ptr<rocksdb::FSWritableFile>*, Debug*) override {
+    return refused(path);
+  }
+  Status NewRandomRWFile(const std::string& path, const rocksdb::FileOptions&,
+                         std::unique_ptr<rocksdb::FSRandomRWFile>*, Debug*) override {
+    return refused(path);
+  }
+  Status NewMemoryMappedFileBuffer(const std::string& path,
+                                   std::unique_ptr<rocksdb::MemoryMappedFileBuffer>*) override {
+    return refused(path);
+  }
+  Status DeleteFile(const std::string& path, const Options&, Debug*) override { return refused(path); }
+  Status Truncate(const std::string& path, size_t, const Options&, Debug*) override { return refused(path); }
+  Status CreateDir(const std::string& path, const Options&, Debug*) override { return refused(path); }
+  Status CreateDirIfMissing(const std::string& path, const Options&, Debug*) override { return refused(path); }
+  Status DeleteDir(const std::string& path, const Options&, Debug*) override { return refused(path); }
+  Status RenameFile(const std::string& path, const std::string&, const Options&, Debug*) override {
+    return refused(path);
+  }
+  Status LinkFile(const std::string& path, const std::string&, const Options&, Debug*) override {
+    return refused(path);
+  }
+  Status LockFile(const std::string& path, const Options&, rocksdb::FileLock**, Debug*) override {
+    return refused(path);
+  }
+  Status NewLogger(const std::string& path, const Options&, std::shared_ptr<rocksdb::Logger>*, Debug*) override {
+    return refused(path);
+  }
+
+ private:
+  static Status refused(const std::string& path) { return Status::IOError(path, "the store is open read-only"); }
+};
+
+std::shared_ptr<rocksdb::FileSystem> file_system_for(const StoreOptions& settings) {
+  if (settings.read_only) return std::make_shared<ReadOnlyFiles>(rocksdb::FileSystem::Default());
+  return std::make_shared<TableKeeper>(rocksdb::FileSystem::Default());
+}
+
 // The cache's blocks, so that its size is the memory it takes.
 class CacheAllocator final : public rocksdb::MemoryAllocator {
  public:
@@ -281,6 +339,31 @@ class Disposal final : public rocksdb::CompactionFilterFactory {
 };
 
 // ----------------------------------------------------------------- options
+
+size_t tables_in(const fs::path& directory) {
+  size_t tables = 0;
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory))
+    if (entry.path().extension() == ".sst") ++tables;
+  return tables;
+}
+
+bool is_unmade(const fs::path& directory) {
+  return CommitMark::read(directory / kMarkName).value_or(0) == 0 && !fs::exists(directory / "CURRENT") &&
+         tables_in(directory) == 0;
+}
+
+// For a store that holds all its table files open.
+void check_open_files(const fs::path& directory) {
+  constexpr rlim_t kOthers = 64;  // files of ours, and those of whoever the process belongs to
+  const rlim_t tables = tables_in(directory);
+  struct rlimit limit {};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;
+  if (tables + kOthers > limit.rlim_cur)
+    throw StorageError("[open] " + directory.string() + " has " + std::to_string(tables) +
+                       " table files, which are all held open, and this process may have " +
+                       std::to_string(limit.rlim_cur) + " files open: let it have more, e.g. with ulimit -n " +
+                       std::to_string(2 * (tables + kOthers)));
+}
 
 int max_open_files() {
   // Half of what the process may open is left to its owner. Above the limit RocksDB closes and reopens files.
@@ -372,7 +455,7 @@ struct Engine {
   Engine(const StoreOptions& settings)
       : settings(settings),
         write_state(std::make_shared<WriteState>(settings.directory)),
-        environment(rocksdb::NewCompositeEnv(std::make_shared<TableKeeper>(rocksdb::FileSystem::Default()))),
+        environment(rocksdb::NewCompositeEnv(file_system_for(settings))),
         options(make_options(settings, write_state)),
         pool(static_cast<size_t>(std::max(settings.read_threads, 1))) {
     options.compaction_filter_factory = disposal;
@@ -740,6 +823,10 @@ std::unique_ptr<rocksdb::DB> RocksdbStore::open_read_only(uint64_t committed) co
   const fs::path& directory = engine_->settings.directory;
   rocksdb::Options options = engine_->options;
   options.create_if_missing = false;
+  if (engine_->settings.hold_files) {
+    check_open_files(directory);
+    options.max_open_files = -1;
+  }
   if (engine_->settings.tolerate_damage) options.paranoid_checks = false;
   rocksdb::DB* raw = nullptr;
   const rocksdb::Status status = rocksdb::DB::OpenForReadOnly(options, directory.string(), &raw);
@@ -898,6 +985,34 @@ std::vector<StoreDamage> RocksdbStore::verify(uint64_t& files, uint64_t& bytes) 
       damages.push_back({file, wrong.what()});
     }
   };
+  const auto verify_table = [&](const rocksdb::FileStorageInfo& file, const fs::path& path) {
+    uint32_t expected = 0;
+    for (const char byte : file.file_checksum) expected = expected << 8 | static_cast<uint8_t>(byte);
+    const uint64_t size = FileDescriptor("verify", path, O_RDONLY).bytes();
+    ++files;
+    bytes += file.size;
+    if (size != file.size)
+      throw CorruptionError("[verify] " + path.string() + " has " + std::to_string(size) + " bytes, expected " +
+                            std::to_string(file.size));
+    if (crc32c_of_file(path) != expected)
+      throw CorruptionError("[verify] " + path.string() + " is damaged: the checksum of its bytes (offset 0 to " +
+                            std::to_string(size) + ") does not agree");
+  };
+  if (engine_->settings.read_only) {
+    std::vector<rocksdb::LiveFileMetaData> held;
+    db.GetLiveFilesMetaData(&held);
+    for (const rocksdb::LiveFileMetaData& file : held) {
+      const fs::path path = fs::path(file.directory) / file.relative_filename;
+      attempt(path, [&] {
+        try {
+          verify_table(file, path);
+        } catch (const MissingFileError&) {
+          // Held open, and nobody else's any more: who writes the store has replaced it. Its rows can be read.
+        }
+      });
+    }
+    return damages;
+  }
   engine_->check_status("verify", db.DisableFileDeletions());
   try {
     // Its manifest, as the next open would read it.
@@ -910,19 +1025,7 @@ std::vector<StoreDamage> RocksdbStore::verify(uint64_t& files, uint64_t& bytes) 
     for (const rocksdb::LiveFileStorageInfo& file : live) {
       if (file.file_type != rocksdb::kTableFile) continue;
       const fs::path path = fs::path(file.directory) / file.relative_filename;
-      attempt(path, [&] {
-        uint32_t expected = 0;
-        for (const char byte : file.file_checksum) expected = expected << 8 | static_cast<uint8_t>(byte);
-        const uint64_t size = FileDescriptor("verify", path, O_RDONLY).bytes();
-        if (size != file.size)
-          throw CorruptionError("[verify] " + path.string() + " has " + std::to_string(size) + " bytes, expected " +
-                                std::to_string(file.size));
-        if (crc32c_of_file(path) != expected)
-          throw CorruptionError("[verify] " + path.string() + " is damaged: the checksum of its bytes (offset 0 to " +
-                                std::to_string(size) + ") does not agree");
-      });
-      ++files;
-      bytes += file.size;
+      attempt(path, [&] { verify_table(file, path); });
     }
   } catch (...) {
     allow_deletions(db);
@@ -1013,6 +1116,12 @@ void RocksdbStore::close() {
 }  // namespace
 
 std::unique_ptr<Store> open_rocksdb_store(const StoreOptions& options) {
+  // A store that is just being made, or whose creation was cut short: no rows yet.
+  if (options.hold_files && is_unmade(options.directory)) {
+    StoreOptions empty;
+    empty.read_only = true;
+    return open_memory_store(empty);
+  }
   return std::make_unique<RocksdbStore>(options);
 }
 

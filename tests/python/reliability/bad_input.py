@@ -193,6 +193,10 @@ class BadInput(Suite):
         ]
         restore = de.Storage.restore
         found += [
+            Argument(f"{name}(read_only)", lambda value, f=f: f(fresh, read_only=value), one_of(True, False))
+            for name, f in (("Storage", de.Storage), ("open", de.Storage.open))
+        ]
+        found += [
             Argument(f"{name}(path)", f, lambda value: _is_relative(value))
             for name, f in (("Storage", de.Storage), ("create", de.Storage.create), ("open", de.Storage.open))
         ]
