@@ -35,7 +35,8 @@ POINTS = [
     ("rename", "log"), ("rename", "COMMITTED"), ("rename", "MANIFEST"), ("rename", "CURRENT"), ("rename", "presence"),
     ("rename", "CHECKPOINT"), ("rename", "checkpoint"), ("rename", "rocksdb-CURRENT"), ("rename", "dump"),
     ("link", "sst"), ("unlink", "ingest.sst"), ("unlink", "log"), ("unlink", "sst"), ("unlink", "rocksdb-manifest"),
-    ("unlink", "CREATING"), ("mkdir", ""), ("truncate", "log"), ("truncate", ""),
+    ("unlink", "CREATING"), ("unlink", "MANIFEST"), ("unlink", "generation"), ("mkdir", ""),
+    ("truncate", "log"), ("truncate", ""),
 ]  # fmt: skip
 
 
