@@ -185,11 +185,11 @@ VerifyReport Storage::verify() {
       report.damages.push_back({file.string(), wrong.what(), {}, {}, {}});
     }
   };
+  const fs::path& record = record_directory();
   if (options_.read_only) {
     verify_files(report);
   } else {
     attempt(path_ / "CURRENT", [&] { (void)directory_->generation(); });
-    const fs::path& record = record_directory();
     attempt(record / "MANIFEST", [&] { read_manifest(record / "MANIFEST"); });
     const SegmentFiles log = list_segments(record / "log");
     std::optional<uint64_t> last;

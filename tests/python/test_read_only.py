@@ -327,6 +327,38 @@ def test_every_opening_beside_a_writer_is_exactly_one_of_its_moments(
     assert len({one.sequence for _, _, one in found}) > 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [SMALL, TIGHT], ids=["small", "tight"])
+def test_beside_a_writer_in_mode_commit_it_is_exactly_a_commit(tmp_path: Path, shape: Shape) -> None:
+    base = make_base(tmp_path / "base")
+    oracle = Oracle(shape.groups, START)
+    workload = Workload([9, 2], shape)
+    operations: list[Operation] = workload.fill() + workload.draw(250)
+    found: list[tuple[int, int, Found]] = []
+    with fork_server(None, "reliability.trainee") as server:
+        session = server.session()
+        options = {"memory": "16MiB", "threads": 1, "durability": "commit"}
+        ask(session, trainee.open_storage, base, shape.name, options)
+        session.start("call", trainee.train, operations, oracle.now, "", False, 0.002)
+        told = Told()
+        while not told.ended and not told.died and len(found) < 60:
+            hear(session, told)
+            low = told.done
+            one = look(base, shape, len(found) % 4 == 0)
+            hear(session, told)
+            found.append((low, told.issued, one))
+        hear_the_rest(told, session)
+        assert not told.raised, told.raised
+        expected = expect(oracle, operations[: told.issued + 1], told)
+    for low, high, one in found:
+        kept = [place for place in range(high + 1) if operations[place].verb in ("commit", "reopen")]
+        since = max((place for place in kept if place <= low), default=-1)
+        may_be = {expected.sequence(place) for place in [since, *kept] if place >= since}
+        assert one.sequence in may_be, f"operation {one.sequence} is the last one there, expected one of {may_be}"
+        oracle.compare(one, one.sequence, one.sequence)
+    assert len({one.sequence for _, _, one in found}) > 3
+
+
 def test_a_restore_beside_a_reader_does_not_reach_it(path: Path, tmp_path: Path) -> None:
     with make(path, close=False) as writer:
         writer.checkpoint(tmp_path / "checkpoint", step=77)
