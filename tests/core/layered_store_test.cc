@@ -159,7 +159,7 @@ TEST_CASE("layered store: does as a std::map does, in memory, on the disk and on
         if (expected.contains(key)) wanted[key] = expected[key];
       CHECK(read(*store, keys) == wanted);
       CHECK(scan(*store->snapshot()) == expected);
-      const auto [first, last] = std::minmax(key_of(random() % 500), key_of(random() % 500));
+      const auto [first, last] = std::minmax({key_of(random() % 500), key_of(random() % 500)});
       CHECK(scan(*store->snapshot(), first, last) == Entries(expected.lower_bound(first), expected.lower_bound(last)));
       if (random() % 8 == 0) moments.emplace_back(store->snapshot(), expected);
     }
