@@ -68,7 +68,7 @@ def test_with_space_the_same_handle_goes_on_and_no_row_is_wrong(disk: Tmpfs, log
                     trained.step(generator)
                 except de.StorageError as error:
                     refused.append(str(error))
-            assert len(refused) > 1
+            assert refused
             assert all("No space left" in text for text in refused)
             trained.check(trained.embedding)
             disk.make_space()

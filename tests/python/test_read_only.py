@@ -341,12 +341,13 @@ def test_beside_a_writer_in_mode_commit_it_is_exactly_a_commit(tmp_path: Path, s
         ask(session, trainee.open_storage, base, shape.name, options)
         session.start("call", trainee.train, operations, oracle.now, "", False, 0.002)
         told = Told()
-        while not told.ended and not told.died and len(found) < 60:
+        while not told.ended and not told.died and len(found) < 150:
             hear(session, told)
             low = told.done
             one = look(base, shape, len(found) % 4 == 0)
             hear(session, told)
             found.append((low, told.issued, one))
+            time.sleep(0.05)
         hear_the_rest(told, session)
         assert not told.raised, told.raised
         expected = expect(oracle, operations[: told.issued + 1], told)

@@ -719,6 +719,7 @@ verbs = {
     "checkpoints": lambda: de.Storage.checkpoints(path),
     "verify": lambda: storage.verify(),
     "closed": lambda: storage.closed,
+    "read_only": lambda: storage.read_only,
     "path": lambda: storage.path,
     "the end of another storage": lambda: leave(path + "/t"),
     "close": lambda: storage.close(),

@@ -327,7 +327,7 @@ class AnyOrder(Suite):
     full = 10_000
 
     EXAMPLES = 10  # of a seed
-    STEPS = 12
+    STEPS = 8
 
     def __enter__(self) -> AnyOrder:
         self._server = fork_server()
