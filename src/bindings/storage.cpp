@@ -228,6 +228,7 @@ void bind_storage(nb::module_& m) {
                   "log_bytes"_a, "ttl"_a.none(), "disk_bytes"_a)
       .def_prop_ro("path", [](const Storage& storage) { return storage.path().string(); })
       .def_prop_ro("closed", &Storage::closed)
+      .def_prop_ro("in_place", [](const Storage& storage) { return storage.is_in_place(); })
       .def_prop_ro("read_only", &Storage::read_only)
       .def_prop_ro(
           "id",

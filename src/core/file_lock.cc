@@ -71,7 +71,8 @@ FileLock::~FileLock() { unlock(); }
 
 bool FileLock::is_in_place() const noexcept {
   struct stat info {};
-  return ::stat(file_.path().c_str(), &info) == 0 && info.st_dev == device_ && info.st_ino == inode_;
+  if (::stat(file_.path().c_str(), &info) == 0) return info.st_dev == device_ && info.st_ino == inode_;
+  return errno != ENOENT && errno != ENOTDIR;  // a disk that does not answer tells nothing; who needs it hears of that
 }
 
 void FileLock::unlock() noexcept {

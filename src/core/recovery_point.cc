@@ -30,8 +30,12 @@ bool is_table_file(const LinkedFile& file) { return fs::path(file.name).extensio
 void Storage::begin_recovery_points() {
   const std::lock_guard cutting(cutting_);
   make_recovery_point({}, /*with_presence=*/true);
-  log_ = OperationLog::unwritten(log_->last_sequence() + 1);
-  logs_ = false;
+  {
+    // Who writes rows back, and asks the log before, holds this lock.
+    const std::lock_guard write(tiers_->write_mutex());
+    log_ = OperationLog::unwritten(log_->last_sequence() + 1);
+    logs_ = false;
+  }
   // Of the generation that was live until now only the table files are needed. The rest would take space.
   std::error_code ignored;
   for (const auto& entry : fs::directory_iterator(generation_, ignored))
@@ -64,9 +68,8 @@ void Storage::make_recovery_point(const std::function<void()>& first, bool with_
           // One that has not counted since it was saved.
           if (!fs::exists(fresh / name)) link_or_copy(record_directory() / name, fresh / name);
         }
-        // It can be built again from the rows, and to write it takes longer than most commits.
-        if (with_presence && tiers_->presence().complete())
-          tiers_->presence().save(fresh / "presence", counters.sequence);
+        // To write it takes longer than most commits.
+        if (with_presence) save_presence_if_it_can(fresh, counters.sequence);
         point->directory = fresh;
         point->sequence = counters.sequence;
         point->manifest = encode_manifest(manifest);
@@ -139,10 +142,17 @@ void Storage::close_at_recovery_point() {
     done = is_recovery_point();
   }
   if (!done) return make_recovery_point({}, /*with_presence=*/true);
-  // Nothing is missing without it: a full disk is no reason to complain.
+  save_presence_if_it_can(point_->directory, log_->last_sequence());
+}
+
+// It can be built again from the rows: a full disk is no reason to complain, and less so to lose a recovery point.
+void Storage::save_presence_if_it_can(const fs::path& directory, uint64_t sequence) {
+  if (!tiers_->presence().complete()) return;
   try {
-    if (tiers_->presence().complete()) tiers_->presence().save(point_->directory / "presence", log_->last_sequence());
-  } catch (const StorageError&) {
+    tiers_->presence().save(directory / "presence", sequence);
+  } catch (const std::exception&) {
+    std::error_code ignored;
+    fs::remove(directory / "presence.tmp", ignored);
   }
 }
 

@@ -74,9 +74,10 @@ void Storage::check_writable() const { tiers_->throw_if_failed(); }
 
 void Storage::check_in_place() const {
   if (directory_->is_in_place()) return;
+  store_->forsake();
   tiers_->fail(std::make_exception_ptr(
       StorageError("[storage] " + path_.string() +
-                   " was removed or replaced by another program while it was open:"
+                   " (or its file LOCK) was moved, removed or replaced by another program while it was open:"
                    " nothing more is written there; close this handle, and open what is there now or restore a"
                    " checkpoint")));
   tiers_->throw_if_failed();
@@ -124,8 +125,9 @@ uint64_t Storage::append(RecordType type, std::span<const Bytes> parts) {
 }
 
 void Storage::after_operation(uint64_t sequence) {
-  if (options_.durability == Durability::kDurable && sequence != 0 && !planted("durable does not wait"))
-    log_->sync_to(sequence);
+  if (options_.durability != Durability::kDurable || sequence == 0 || planted("durable does not wait")) return;
+  log_->sync_to(sequence);
+  check_in_place();  // or what was synced has no name any more
 }
 
 StorageCounters Storage::counters() const {
@@ -529,6 +531,7 @@ void Storage::drop_group(uint32_t group) {
 }
 
 void Storage::save_manifest() {
+  check_in_place();
   // In mode commit the next recovery point saves it.
   if (!point_) write_file_atomically(generation_ / "MANIFEST", encode_manifest(manifest_));
   manifest_changed_ = false;
@@ -559,6 +562,7 @@ void Storage::commit(int64_t step, std::string extra) {
     }
   }
   if (!planted("commit does not sync")) log_->sync_to(sequence);
+  check_in_place();  // or what was synced has no name any more
 }
 
 std::optional<CommitRecord> Storage::last_commit() const {
@@ -629,10 +633,12 @@ uint64_t Storage::cut_log() {
   } else {
     cut([&](const CutInfo& info) { start = info.counters; }, &filters);
   }
+  check_in_place();  // a cut takes its time, and what follows is written and removed by name
   filters.save();
   if (tiers_->presence().complete() || planted("unfinished presence filter saved"))
     tiers_->presence().save(presence_file(), start.sequence);
   adopt_files(filters, start.sequence);
+  check_in_place();
   log_->drop_through(planted("log cut too far") ? UINT64_MAX : start.sequence);
   if (!filters.empty()) {
     const std::lock_guard order(order_);

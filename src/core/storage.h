@@ -174,6 +174,8 @@ class Storage {
                                const std::filesystem::path& manifest_of);
 
   std::array<std::byte, 16> id() const;  // manifest.h
+  // Whether the path still leads to the directory that is open; false after close().
+  bool is_in_place() const noexcept { return directory_ && directory_->is_in_place(); }
   StorageStats stats() const;
   const std::filesystem::path& path() const noexcept { return path_; }
   bool closed() const noexcept { return closed_.load(); }
@@ -214,6 +216,7 @@ class Storage {
   // ReadOnlyError. `instead`: what else would do.
   void check_may_change(const char* operation, const char* instead = "") const;
   void check_writable() const;
+  void save_presence_if_it_can(const std::filesystem::path& directory, uint64_t sequence);  // recovery_point.cc
   // StorageError, latched, when the directory is not ours any more: another storage may be there.
   void check_in_place() const;
   // The order lock, once the log has room and an open cut has memory.

@@ -123,6 +123,9 @@ class Store {
   // file. Nothing: there is none.
   virtual std::optional<StoredKey> place_after(const StoredKey& /*key*/) const { return std::nullopt; }
   virtual StoreStats stats() const = 0;
+  // The directory is not ours any more, and perhaps another store's: from here on nothing in it is made, renamed or
+  // removed. Any thread; for good.
+  virtual void forsake() noexcept {}
   // Waits for or cancels background work, in bounded time; later calls throw ClosedError. Idempotent.
   virtual void close() = 0;
 };

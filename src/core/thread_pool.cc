@@ -4,8 +4,11 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <string>
 #include <system_error>
 #include <utility>
+
+#include "error.h"
 
 namespace damo {
 
@@ -17,6 +20,10 @@ std::thread start_quiet_thread(std::function<void()> body) {
     std::thread thread(std::move(body));
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return thread;
+  } catch (const std::system_error& refused) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw StorageError(std::string("[open] the system starts no more threads (") + refused.what() +
+                       "): raise the limit (ulimit -u, pids.max), or give fewer threads");
   } catch (...) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     throw;
@@ -27,7 +34,7 @@ ThreadPool::ThreadPool(size_t num_threads) {
   helpers_.reserve(num_threads);
   try {
     for (size_t i = 1; i < num_threads; ++i) helpers_.push_back(start_quiet_thread([this] { help(); }));
-  } catch (const std::system_error&) {
+  } catch (...) {
     // As many as the machine allows: the caller's thread alone would do.
   }
 }

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import itertools
 import operator
 import os
 import re
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable
@@ -53,8 +53,12 @@ _open_storages: weakref.WeakSet[Storage] = weakref.WeakSet()
 def _close_all() -> None:
     """At the end of the program, while other threads can still come out of a call: later that would abort it."""
     for storage in list(_open_storages):
-        with contextlib.suppress(ForkedHandleError):  # its parent's
+        try:
             storage._core.close()
+        except ForkedHandleError:
+            pass  # its parent's
+        except Exception:
+            traceback.print_exc()  # the others are closed all the same
 
 
 def _index(value: object) -> int | None:
@@ -294,9 +298,14 @@ class Storage:
         _core.check_layouts(checkpoint, [embedding._table for embedding in embeddings])
         rates = {embedding: self._rates.followed(embedding._table) for embedding in embeddings}
         path = self.path
-        # What it could not write is in the log, should it be needed again.
-        with contextlib.suppress(StorageError):
+        durability, in_place = self._opened_with[1], self._core.in_place
+        try:
             self._core.close()
+        except StorageError:
+            # With a log, what it could not write is there, should it be needed again. In another's place nothing is
+            # to be restored.
+            if durability == "commit" or not in_place:
+                raise
         try:
             _core.restore(checkpoint, path)
             self._restored_from = read_checkpoint(checkpoint)

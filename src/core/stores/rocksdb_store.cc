@@ -163,14 +163,21 @@ class WriteState final : public rocksdb::EventListener {
 // RocksDB takes the tables of an ingestion away again when its manifest could not be written or synced. But the record
 // of them may have reached the manifest all the same, and then the next open would miss them. So after the first such
 // failure no table is deleted any more; the next open removes those that the manifest does not know.
+//
+// And the names in a directory may become another store's, when somebody removes it and makes a new one there.
+// Compactions, and the close, which removes what it does not know, then leave them alone (Store::forsake).
 class TableKeeper final : public rocksdb::FileSystemWrapper {
  public:
-  explicit TableKeeper(const std::shared_ptr<rocksdb::FileSystem>& system) : FileSystemWrapper(system) {}
+  using Flag = std::shared_ptr<std::atomic<bool>>;
+
+  TableKeeper(const std::shared_ptr<rocksdb::FileSystem>& system, Flag forsaken)
+      : FileSystemWrapper(system), forsaken_(std::move(forsaken)) {}
 
   const char* Name() const override { return "damo.TableKeeper"; }
   rocksdb::IOStatus NewWritableFile(const std::string& path, const rocksdb::FileOptions& options,
                                     std::unique_ptr<rocksdb::FSWritableFile>* file,
                                     rocksdb::IODebugContext* debug) override {
+    if (*forsaken_) return refused(path);
     rocksdb::IOStatus status = target()->NewWritableFile(path, options, file, debug);
     if (status.ok() && fs::path(path).filename().string().starts_with("MANIFEST-"))
       *file = std::make_unique<ManifestFile>(std::move(*file), uncertain_);
@@ -178,12 +185,22 @@ class TableKeeper final : public rocksdb::FileSystemWrapper {
   }
   rocksdb::IOStatus DeleteFile(const std::string& path, const rocksdb::IOOptions& options,
                                rocksdb::IODebugContext* debug) override {
-    if (*uncertain_ && path.ends_with(".sst")) return rocksdb::IOStatus::OK();
+    if (*forsaken_ || (*uncertain_ && path.ends_with(".sst"))) return rocksdb::IOStatus::OK();
     return target()->DeleteFile(path, options, debug);
+  }
+  rocksdb::IOStatus RenameFile(const std::string& from, const std::string& to, const rocksdb::IOOptions& options,
+                               rocksdb::IODebugContext* debug) override {
+    return *forsaken_ ? refused(to) : target()->RenameFile(from, to, options, debug);
+  }
+  rocksdb::IOStatus LinkFile(const std::string& from, const std::string& to, const rocksdb::IOOptions& options,
+                             rocksdb::IODebugContext* debug) override {
+    return *forsaken_ ? refused(to) : target()->LinkFile(from, to, options, debug);
   }
 
  private:
-  using Flag = std::shared_ptr<std::atomic<bool>>;
+  static rocksdb::IOStatus refused(const std::string& path) {
+    return rocksdb::IOStatus::IOError(path, "the directory was removed or replaced");
+  }
 
   class ManifestFile final : public rocksdb::FSWritableFileOwnerWrapper {
    public:
@@ -220,7 +237,7 @@ class TableKeeper final : public rocksdb::FileSystemWrapper {
     const Flag uncertain_;
   };
 
-  const Flag uncertain_ = std::make_shared<std::atomic<bool>>(false);
+  const Flag forsaken_, uncertain_ = std::make_shared<std::atomic<bool>>(false);
 };
 
 // The file system of a store that is opened to be read: whatever this or another version of RocksDB may think of, no
@@ -276,9 +293,9 @@ class ReadOnlyFiles final : public rocksdb::FileSystemWrapper {
   static Status refused(const std::string& path) { return Status::IOError(path, "the store is open read-only"); }
 };
 
-std::shared_ptr<rocksdb::FileSystem> file_system_for(const StoreOptions& settings) {
+std::shared_ptr<rocksdb::FileSystem> file_system_for(const StoreOptions& settings, const TableKeeper::Flag& forsaken) {
   if (settings.read_only) return std::make_shared<ReadOnlyFiles>(rocksdb::FileSystem::Default());
-  return std::make_shared<TableKeeper>(rocksdb::FileSystem::Default());
+  return std::make_shared<TableKeeper>(rocksdb::FileSystem::Default(), forsaken);
 }
 
 // The cache's blocks, so that its size is the memory it takes.
@@ -455,7 +472,7 @@ struct Engine {
   Engine(const StoreOptions& settings)
       : settings(settings),
         write_state(std::make_shared<WriteState>(settings.directory)),
-        environment(rocksdb::NewCompositeEnv(file_system_for(settings))),
+        environment(rocksdb::NewCompositeEnv(file_system_for(settings, forsaken))),
         options(make_options(settings, write_state)),
         pool(static_cast<size_t>(std::max(settings.read_threads, 1))) {
     options.compaction_filter_factory = disposal;
@@ -480,6 +497,7 @@ struct Engine {
   const StoreOptions settings;
   const std::shared_ptr<WriteState> write_state;
   const std::shared_ptr<Disposal> disposal = std::make_shared<Disposal>();
+  const TableKeeper::Flag forsaken = std::make_shared<std::atomic<bool>>(false);
   const std::unique_ptr<rocksdb::Env> environment;  // outlives the database
   rocksdb::Options options;                         // holds the block cache; emptied by close()
 
@@ -507,6 +525,7 @@ class RocksdbWriter final : public StoreWriter {
 
   ~RocksdbWriter() override {
     writer_.reset();
+    if (*engine_->forsaken) return;
     for (const fs::path& path : paths_) {
       std::error_code ignored;  // the next open removes what is left
       fs::remove(path, ignored);
@@ -807,6 +826,7 @@ class RocksdbStore final : public Store {
   std::vector<StoreDamage> verify(uint64_t& files, uint64_t& bytes) override;
   std::optional<StoredKey> place_after(const StoredKey& key) const override;
   StoreStats stats() const override;
+  void forsake() noexcept override { *engine_->forsaken = true; }
   void close() override;
 
  private:
