@@ -285,6 +285,10 @@ def hear(session: Session, told: Told) -> None:
             told.died = True
 
 
+def moments(found: list[tuple[int, int, Found]]) -> int:
+    return len({one.sequence for _, _, one in found})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "count", "seed"), [(SMALL, 600, 1), (SMALL, 600, 2), (TIGHT, 250, 3), (TIGHT, 250, 4)]
@@ -304,7 +308,8 @@ def test_every_opening_beside_a_writer_is_exactly_one_of_its_moments(
         ask(session, trainee.open_storage, base, shape.name, options)
         session.start("call", trainee.train, operations, oracle.now, "", False, 0.002)
         told = Told()
-        while not told.ended and not told.died and len(found) < 80:
+        # To the end of the training on a machine where it gets on slowly beside the openings.
+        while not told.ended and not told.died and (len(found) < 80 or moments(found) < 8):
             hear(session, told)
             low = told.done
             one = look(base, shape, len(found) % 4 == 0)
@@ -324,7 +329,7 @@ def test_every_opening_beside_a_writer_is_exactly_one_of_its_moments(
         oracle.compare(after, left.sequence, left.sequence)
         session.leave()
     assert len(found) > 5
-    assert len({one.sequence for _, _, one in found}) > 3
+    assert moments(found) > 3
 
 
 @pytest.mark.slow
@@ -341,7 +346,7 @@ def test_beside_a_writer_in_mode_commit_it_is_exactly_a_commit(tmp_path: Path, s
         ask(session, trainee.open_storage, base, shape.name, options)
         session.start("call", trainee.train, operations, oracle.now, "", False, 0.002)
         told = Told()
-        while not told.ended and not told.died and len(found) < 150:
+        while not told.ended and not told.died and (len(found) < 150 or moments(found) < 8):
             hear(session, told)
             low = told.done
             one = look(base, shape, len(found) % 4 == 0)
@@ -357,7 +362,7 @@ def test_beside_a_writer_in_mode_commit_it_is_exactly_a_commit(tmp_path: Path, s
         may_be = {expected.sequence(place) for place in [since, *kept] if place >= since}
         assert one.sequence in may_be, f"operation {one.sequence} is the last one there, expected one of {may_be}"
         oracle.compare(one, one.sequence, one.sequence)
-    assert len({one.sequence for _, _, one in found}) > 3
+    assert moments(found) > 3
 
 
 def test_a_restore_beside_a_reader_does_not_reach_it(path: Path, tmp_path: Path) -> None:
