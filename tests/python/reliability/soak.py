@@ -53,11 +53,13 @@ LIMITS = """\
 
 
 def commit() -> str:
-    """With a mark for what is not committed: such a run shows nothing of a commit."""
-    said = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
-    )
-    return said.stdout.strip() or "unknown"
+    """With a mark for what is not committed, but for the page: such a run shows nothing of a commit."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{PAGE.relative_to(ROOT)}")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def load() -> dict[str, Any]:
@@ -155,7 +157,7 @@ def page(record: dict[str, Any]) -> str:
         if "skipped" in entry:
             lines.append(f"| {kind.title} (`{name}`) | {kind.promise} | {entry['skipped']} | | {entry['commit']} | |")
             continue
-        seeds = f"{entry['first_seed']} to {entry['first_seed'] + entry['cases'] - 1}"
+        seeds = f"{entry['first_seed']} to {entry['first_seed'] + entry['cases'] - 1}" if entry["cases"] else ""
         failures = ", ".join(str(failure["seed"]) for failure in entry["failures"]) or "none"
         count = f"{entry['done'].get(kind.unit, 0):,} {kind.unit}"
         lines.append(
