@@ -121,6 +121,26 @@ fs::path live_generation(const fs::path& path) {
   return generation;
 }
 
+Manifest manifest_of(const fs::path& generation) {
+  const fs::path file = generation / "MANIFEST";
+  std::string bytes;
+  try {
+    bytes = read_file(file, kMaxManifestBytes);
+  } catch (const MissingFileError&) {
+    throw CorruptionError("[open] " + file.string() + " is missing: restore a checkpoint");
+  }
+  Manifest manifest = decode_manifest(std::as_bytes(std::span(bytes)), file.string());
+  check_settings_are_known(manifest, file.string());
+  return manifest;
+}
+
+void check_parts(const fs::path& generation) {
+  for (const char* part : {"rocksdb", "log"})
+    if (!fs::is_directory(generation / part))
+      throw CorruptionError("[open] the directory " + (generation / part).string() +
+                            " is missing: restore a checkpoint");
+}
+
 fs::path StorageDirectory::generation() const { return is_checkpoint_ ? path_ : live_generation(path_); }
 
 void StorageDirectory::replace_generation(const std::function<void(const fs::path&)>& build, const fs::path& working) {

@@ -19,6 +19,7 @@
 
 #include "file.h"
 #include "file_lock.h"
+#include "manifest.h"
 
 namespace damo {
 
@@ -27,6 +28,12 @@ bool is_name_of_storage(const std::string& name);
 
 // The live generation of the storage at `path`. CorruptionError when CURRENT is damaged or names nothing.
 std::filesystem::path live_generation(const std::filesystem::path& path);
+
+// What a generation says of itself. CorruptionError: its MANIFEST is missing, damaged or of a newer version.
+Manifest manifest_of(const std::filesystem::path& generation);
+// CorruptionError when the directory of the cold tier or of the log is missing: damage, never a reason to start with an
+// empty one.
+void check_parts(const std::filesystem::path& generation);
 
 enum class OpenMode { kOpenOrCreate, kCreate, kOpen, kReadOnly };
 

@@ -158,6 +158,14 @@ SegmentReader::SegmentReader(const FileDescriptor& file, const StorageId& storag
   file_bytes_ = file.bytes();
 }
 
+void SegmentReader::expect(uint64_t number, std::optional<uint64_t> last) const {
+  if (number_ != number) throw_damaged(source_, 32, "its head says that it is segment " + std::to_string(number_));
+  if (last && first_sequence_ != *last + 1)
+    throw_damaged(source_, 40,
+                  "it starts with operation " + std::to_string(first_sequence_) + ", the segment before it ends with " +
+                      std::to_string(*last));
+}
+
 void SegmentReader::read_head(const StorageId& storage_id) {
   if (file_bytes_ < kHeadBytes)
     throw_damaged(source_, file_bytes_,

@@ -69,6 +69,10 @@ class SegmentReader {
   // not read.
   SegmentReader(const FileDescriptor& file, const StorageId& storage_id);
 
+  // CorruptionError when this is not segment `number`, or does not go on from operation `last`. No `last`: none is
+  // before.
+  void expect(uint64_t number, std::optional<uint64_t> last) const;
+
   uint64_t number() const { return number_; }
   uint64_t first_sequence() const { return first_sequence_; }
   const std::string& state() const { return state_; }

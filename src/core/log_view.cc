@@ -66,15 +66,10 @@ void LogView::read(const std::function<void(uint64_t first_sequence, std::string
     std::optional<SegmentReader> finished;
     if (!is_newest) finished.emplace(at->second, storage_id_);
     SegmentReader& reader = is_newest ? *newest_ : *finished;
-    if (reader.number() != at->first)
-      throw_damaged(path, 32, "its head says that it is segment " + std::to_string(reader.number()));
+    reader.expect(at->first, at == begin ? std::nullopt : std::optional(last));
     if (at == begin) {
       on_state(reader.first_sequence(), reader.state());
       last = reader.first_sequence() - 1;
-    } else if (reader.first_sequence() != last + 1) {
-      throw_damaged(path, 40,
-                    "it starts with operation " + std::to_string(reader.first_sequence()) +
-                        ", the segment before it ends with " + std::to_string(last));
     }
     read_records(reader, path, is_newest, last, on_record);
     // Read once, and not to push anything else out of the page cache.

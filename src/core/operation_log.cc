@@ -226,15 +226,10 @@ void OperationLog::Impl::recover(const std::function<void(uint64_t, std::string_
     ++expected;
     FileDescriptor file("read the log", path, number == newest ? O_RDWR : O_RDONLY);
     SegmentReader reader(file, options.storage_id);
-    if (reader.number() != number)
-      throw_damaged(path, 32, "its head says that it is segment " + std::to_string(reader.number()));
+    reader.expect(number, number == oldest ? std::nullopt : std::optional(last));
     if (number == oldest) {
       on_state(reader.first_sequence(), reader.state());
       last = reader.first_sequence() - 1;
-    } else if (reader.first_sequence() != last + 1) {
-      throw_damaged(path, 40,
-                    "it starts with operation " + std::to_string(reader.first_sequence()) +
-                        ", the segment before it ends with " + std::to_string(last));
     }
     read_records(reader, path, number == newest, last, on_record);
     if (number != newest) {

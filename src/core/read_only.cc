@@ -81,18 +81,6 @@ auto look_beside_a_writer(const fs::path& directory, int attempts, const Look& l
   }
 }
 
-Manifest manifest_from(const fs::path& file) {
-  std::string bytes;
-  try {
-    bytes = read_file(file, kMaxManifestBytes);
-  } catch (const MissingFileError&) {
-    throw CorruptionError("[open] " + file.string() + " is missing: restore a checkpoint");
-  }
-  Manifest manifest = decode_manifest(std::as_bytes(std::span(bytes)), file.string());
-  check_settings_are_known(manifest, file.string());
-  return manifest;
-}
-
 // What a cut of the log changes in the manifest aside.
 std::string groups_in(Manifest manifest) {
   manifest.cut = 0;
@@ -119,7 +107,7 @@ struct Storage::View {
 
 // All but the log.
 void Storage::View::hold_files(size_t cache_bytes) {
-  manifest = manifest_from(generation / "MANIFEST");
+  manifest = manifest_of(generation);
   for (const TableSpec& spec : manifest.tables)
     if (spec.admission && spec.admission->saved != 0)
       filters[spec.table_id] =
@@ -151,16 +139,13 @@ Storage::View Storage::hold_view(const StorageDirectory& directory, size_t cache
   return look_beside_a_writer(directory.path(), kAttempts, [&] {
     View view;
     view.generation = directory.generation();
-    for (const char* part : {"rocksdb", "log"})
-      if (!fs::is_directory(view.generation / part))
-        throw CorruptionError("[open] the directory " + (view.generation / part).string() +
-                              " is missing: restore a checkpoint");
+    check_parts(view.generation);
     // Whose log it is, which never changes.
-    const StorageId id = manifest_from(view.generation / "MANIFEST").storage_id;
+    const StorageId id = manifest_of(view.generation).storage_id;
     view.log = std::make_unique<LogView>(view.generation / "log", id);
     view.hold_files(cache_bytes);
     view.log->extend();
-    if (groups_in(manifest_from(view.generation / "MANIFEST")) != groups_in(view.manifest) ||
+    if (groups_in(manifest_of(view.generation)) != groups_in(view.manifest) ||
         directory.generation() != view.generation)
       throw StorageError("[open] " + directory.path().string() +
                          " changes faster than it can be looked at: try again, or open a checkpoint of it");

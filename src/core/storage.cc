@@ -175,21 +175,8 @@ std::unique_ptr<Storage> Storage::open(const fs::path& path, const StorageOption
 
 void Storage::open_generation(const fs::path& generation) {
   generation_ = generation;
-  const fs::path manifest_file = generation / "MANIFEST";
-  std::string bytes;
-  try {
-    bytes = read_file(manifest_file, size_t{64} << 20);
-  } catch (const MissingFileError&) {
-    throw CorruptionError("[open] " + manifest_file.string() + " is missing: restore a checkpoint");
-  }
-  manifest_ = decode_manifest(std::as_bytes(std::span(bytes)), manifest_file.string());
-  check_settings_are_known(manifest_, manifest_file.string());
-
-  // A missing one is damage, never a reason to start with an empty one.
-  for (const char* part : {"rocksdb", "log"})
-    if (!fs::is_directory(generation / part))
-      throw CorruptionError("[open] the directory " + (generation / part).string() +
-                            " is missing: restore a checkpoint");
+  manifest_ = manifest_of(generation);
+  check_parts(generation);
 
   // A newer version's log is refused before RocksDB, in opening, writes files of its own.
   OperationLog::check_heads(

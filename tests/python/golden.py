@@ -156,7 +156,7 @@ def make(name: str) -> None:
 
 
 def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Without what tells of the machine: who held the lock, and RocksDB's own log."""
+    """Without who held the lock and RocksDB's own log; of the machine its host name stays, in table files."""
     if os.path.basename(entry.name).startswith(("LOCK", "LOG")):
         return None
     entry.uid = entry.gid = 0

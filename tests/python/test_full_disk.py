@@ -63,12 +63,15 @@ def test_with_space_the_same_handle_goes_on_and_no_row_is_wrong(disk: Tmpfs, log
         for _ in range(2):
             disk.leave(pages=1000)
             refused = []
-            for _ in range(30):
+            for number in range(300):
+                # A cut may make room once; then the disk is full again.
+                if number >= 30 and len(refused) > 1:
+                    break
                 try:
                     trained.step(generator)
                 except de.StorageError as error:
                     refused.append(str(error))
-            assert refused
+            assert len(refused) > 1
             assert all("No space left" in text for text in refused)
             trained.check(trained.embedding)
             disk.make_space()

@@ -285,8 +285,30 @@ def hear(session: Session, told: Told) -> None:
             told.died = True
 
 
-def moments(found: list[tuple[int, int, Found]]) -> int:
+# The operations that were done before it began and issued when it was over, and what it showed.
+Look = tuple[int, int, Found]
+
+
+def moments(found: list[Look]) -> int:
     return len({one.sequence for _, _, one in found})
+
+
+def look_again_and_again(
+    session: Session, base: Path, shape: Shape, openings: int, pause: float = 0.0
+) -> tuple[Told, list[Look]]:
+    """Beside a training, which is killed after so many openings, or later where it gets on slowly beside them."""
+    told = Told()
+    found: list[Look] = []
+    while not told.ended and not told.died and (len(found) < openings or moments(found) < 8):
+        hear(session, told)
+        low = told.done
+        one = look(base, shape, len(found) % 4 == 0)
+        hear(session, told)
+        found.append((low, told.issued, one))
+        time.sleep(pause)
+    hear_the_rest(told, session)
+    assert not told.raised, told.raised
+    return told, found
 
 
 @pytest.mark.slow
@@ -301,22 +323,12 @@ def test_every_opening_beside_a_writer_is_exactly_one_of_its_moments(
     oracle = Oracle(shape.groups, START)
     workload = Workload([seed, 2], shape)
     operations: list[Operation] = workload.fill() + workload.draw(count)
-    found: list[tuple[int, int, Found]] = []
     with fork_server(None, "reliability.trainee") as server:
         session = server.session()
         options = {"memory": "16MiB", "threads": 1, "log_bytes": "1MiB", "durability": "logged"}
         ask(session, trainee.open_storage, base, shape.name, options)
         session.start("call", trainee.train, operations, oracle.now, "", False, 0.002)
-        told = Told()
-        # To the end of the training on a machine where it gets on slowly beside the openings.
-        while not told.ended and not told.died and (len(found) < 80 or moments(found) < 8):
-            hear(session, told)
-            low = told.done
-            one = look(base, shape, len(found) % 4 == 0)
-            hear(session, told)
-            found.append((low, told.issued, one))
-        hear_the_rest(told, session)
-        assert not told.raised, told.raised
+        told, found = look_again_and_again(session, base, shape, openings=80)
         left = look(base, shape)  # what the killed one left
         found.append((told.done, told.issued, left))
         expected = expect(oracle, operations[: told.issued + 1], told)
@@ -339,22 +351,12 @@ def test_beside_a_writer_in_mode_commit_it_is_exactly_a_commit(tmp_path: Path, s
     oracle = Oracle(shape.groups, START)
     workload = Workload([9, 2], shape)
     operations: list[Operation] = workload.fill() + workload.draw(250)
-    found: list[tuple[int, int, Found]] = []
     with fork_server(None, "reliability.trainee") as server:
         session = server.session()
         options = {"memory": "16MiB", "threads": 1, "durability": "commit"}
         ask(session, trainee.open_storage, base, shape.name, options)
         session.start("call", trainee.train, operations, oracle.now, "", False, 0.002)
-        told = Told()
-        while not told.ended and not told.died and (len(found) < 150 or moments(found) < 8):
-            hear(session, told)
-            low = told.done
-            one = look(base, shape, len(found) % 4 == 0)
-            hear(session, told)
-            found.append((low, told.issued, one))
-            time.sleep(0.05)
-        hear_the_rest(told, session)
-        assert not told.raised, told.raised
+        told, found = look_again_and_again(session, base, shape, openings=150, pause=0.05)
         expected = expect(oracle, operations[: told.issued + 1], told)
     for low, high, one in found:
         kept = [place for place in range(high + 1) if operations[place].verb in ("commit", "reopen")]
