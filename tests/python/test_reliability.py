@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reliability import trainee
 from reliability.journal import Disk, Event, Loss
 from reliability.oracle import Found, Operation, Oracle
-from reliability.suite import SkippedError
+from reliability.suite import SkippedError, ask, expect, listen, make_base
 from reliability.suites import SUITES
 from reliability.workload import SMALL, START, Workload
+from storage_server import fork_server
 
 pytestmark = pytest.mark.core
 
@@ -121,6 +123,32 @@ def test_the_oracle_does_what_the_documents_say() -> None:
     assert oracle.numbers_at(3).last_commit == (5, b"x")
     assert oracle.numbers_at(1).steps[0] == 0
     assert oracle.numbers_at(2).steps[0] == 1
+
+
+def test_a_trainee_takes_its_time_with_it_through_a_reopening(tmp_path: Path) -> None:
+    oracle = Oracle(SMALL.groups, START)
+    oracle.perform(Operation("set_now", number=START + 500))
+    operations = [
+        Operation("set_now", number=START + 100),  # which is earlier than it was: nothing
+        Operation("reopen"),
+        Operation("lookup", 0, np.array([1], np.int64)),
+        Operation("commit", number=1),
+    ]
+    options = {"memory": "16MiB", "durability": "logged"}
+    with fork_server(None, "reliability.trainee") as server:
+        for now in (oracle.now, START):
+            session = server.session()
+            try:
+                ask(session, trainee.open_storage, make_base(tmp_path / "base"), "small", options)
+                if now > START:
+                    session.start("call", trainee.train, operations, now)
+                    expect(oracle, operations, listen(session))
+                else:
+                    oracle.compare(ask(session, trainee.look), oracle.sequence, oracle.sequence)
+                ask(session, trainee.close)
+            finally:
+                session.kill()
+    assert oracle.numbers_at(oracle.sequence).clock == START + 500
 
 
 # A model of a disk: what a power loss leaves.

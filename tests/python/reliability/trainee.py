@@ -60,7 +60,7 @@ class Trainee:
         if verb == "commit":
             return self.storage.commit(operation.number, operation.extra)
         if verb == "set_now":
-            self.now = operation.number
+            self.now = max(self.now, operation.number)  # what a reopening goes on from; time does not run back
             self.storage.now = operation.number
             return None
         if verb == "reopen":
