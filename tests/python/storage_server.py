@@ -64,14 +64,27 @@ class Served:
         self.connection = connection
         self.embeddings: dict[int, de.Embedding] = {}
 
-    def open(self, path: Path, groups: list[Group], now: int, checkpoint: Path | None = None, **options: Any) -> None:
+    def open(
+        self,
+        path: Path,
+        groups: list[Group],
+        now: int,
+        checkpoint: Path | None = None,
+        or_restore: Path | None = None,
+        **options: Any,
+    ) -> None:
         """Opens the storage, restored from a checkpoint if one is given, and its groups."""
-        if checkpoint is None:
+        if or_restore is not None:
+            self.storage = de.Storage.open_or_restore(path, or_restore, **options)
+        elif checkpoint is None:
             self.storage = de.Storage(path, **options)
         else:
             self.storage = de.Storage.restore(checkpoint, path, **options)
         self.storage.now = now
         self.embeddings = {group.group: group.open(self.storage) for group in groups}
+
+    def open_group(self, group: Group) -> None:
+        self.embeddings[group.group] = group.open(self.storage)
 
     def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """A function of another module, which gets this object first."""

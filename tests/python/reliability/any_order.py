@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 
 import damo_embedding as de
 from comparing import Row, assert_same_rows, rows_of_reference
-from reference import ReferenceTable
+from reference import ReferenceRow, ReferenceTable
 from reliability.suite import Suite, memory_directory
 from storage_server import ForkServer, Group, Session, fork_server
 
@@ -78,21 +78,24 @@ def gradients_of(group: int, batch: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng([batch[0], 1]).standard_normal((batch[1], dimension)).astype(np.float32)
 
 
+def table_of(group: Group) -> ReferenceTable:
+    return ReferenceTable(group.optimizer, group.initializer, group.dimension, seed=group.seed, stream=group.group)
+
+
 class Oracle:
     """What the storage should be: the tables, the clock, the last commit."""
 
     def __init__(self) -> None:
-        self.tables = {
-            group.group: ReferenceTable(
-                group.optimizer, group.initializer, group.dimension, seed=group.seed, stream=group.group
-            )
-            for group in GROUPS
-        }
+        self.tables = {group.group: table_of(group) for group in GROUPS}
         self.last_commit: tuple[int | None, bytes] | None = None
 
     def set_now(self, now: int) -> None:
         for table in self.tables.values():
             table.now = now
+
+    def drop(self, number: int, now: int) -> None:
+        self.tables[number] = table_of(next(group for group in GROUPS if group.group == number))
+        self.tables[number].now = now
 
     def rows(self, group: int) -> dict[int, Row]:
         return rows_of_reference(self.tables[group])
@@ -124,9 +127,9 @@ class StorageMachine(RuleBasedStateMachine):
             self.session.kill()
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def open(self, checkpoint: Path | None = None) -> None:
+    def open(self, checkpoint: Path | None = None, or_restore: Path | None = None) -> None:
         options = {"memory": "16MiB", "threads": 2, "log_bytes": "4MiB", "durability": self.durability}
-        self.session("open", self.path, GROUPS, self.now, checkpoint, **options)
+        self.session("open", self.path, GROUPS, self.now, checkpoint, or_restore, **options)
         self.keep()
 
     def keep(self) -> None:
@@ -221,9 +224,40 @@ class StorageMachine(RuleBasedStateMachine):
             for name, block in expected.state.items():
                 np.testing.assert_array_equal(found.state[name], block)
 
+    @rule(group=groups, batch=batches())
+    def import_rows(self, group: int, batch: tuple[int, int, int]) -> None:
+        keys, at = np.unique(keys_of(group, batch), return_index=True)
+        weights = gradients_of(group, batch)[at]
+        table = self.oracle.tables[group]
+        self.session("embedding_call", group, "import_rows", keys, weights, counts=np.arange(len(keys)))
+        state = table.optimizer.initial_state(1, table.dimension)
+        for count, (key, row) in enumerate(zip(keys.tolist(), weights, strict=True)):
+            blocks = {name: block[0].copy() for name, block in state.items()}
+            table.rows[key % 2**64] = ReferenceRow(row.copy(), blocks, count, table.step, table.now)
+
     @rule(group=groups)
     def scan(self, group: int) -> None:
         assert_same_rows(self.session("rows", group), self.oracle.rows(group))
+
+    @rule(group=groups)
+    def drop_group(self, group: int) -> None:
+        """And a new one of that number."""
+        self.session("storage_call", "drop_group", group)
+        self.oracle.drop(group, self.now)
+        self.session("open_group", next(known for known in GROUPS if known.group == group))
+
+    @rule()
+    def compact(self) -> None:
+        self.session("storage_call", "compact")
+
+    @rule()
+    def expire(self) -> None:
+        assert self.session("storage_call", "expire") == 0  # no group has a lifetime
+
+    @rule()
+    def verify(self) -> None:
+        report = self.session("storage_call", "verify")
+        assert report.rows == sum(len(table) for table in self.oracle.tables.values())
 
     @rule(seconds=st.integers(1, 10**6))
     def time_passes(self, seconds: int) -> None:
@@ -277,6 +311,30 @@ class StorageMachine(RuleBasedStateMachine):
         self.open(directory)
         self.compare()
 
+    @precondition(lambda self: self.checkpoints)
+    @rule()
+    def lose_the_storage(self) -> None:
+        """What open_or_restore puts in its place is the newest checkpoint."""
+        self.session("storage_call", "close")
+        shutil.rmtree(self.path)
+        directory, oracle = self.checkpoints[-1]
+        self.oracle = copy.deepcopy(oracle)
+        self.oracle.set_now(self.now)
+        self.open(or_restore=directory.parent)
+        self.compare()
+
+    @rule()
+    def salvage(self) -> None:
+        """Of a storage that is whole everything is salvaged."""
+        self.session("storage_call", "close")
+        rescued = self.directory / "rescued.damo"
+        report = de.Storage.salvage(self.path, rescued)
+        assert (report.rows, report.lost) == (sum(len(table) for table in self.oracle.tables.values()), ())
+        shutil.rmtree(self.path)
+        rescued.rename(self.path)
+        self.open()
+        self.compare()
+
     # ---------------------------------------------------------- close and kill
 
     @rule(durability=modes)
@@ -315,6 +373,21 @@ class StorageMachine(RuleBasedStateMachine):
         if step == table.step + 1:
             table.apply_gradients(keys, gradients)
         assert rows == len(table)
+        self.compare()
+
+
+    @rule(group=groups, delay=st.sampled_from([0.0, 0.001, 0.003, 0.01]))
+    def kill_during_a_drop(self, group: int, delay: float) -> None:
+        """All of the group is gone, or nothing of it. In mode commit nothing is."""
+        self.session.start("storage_call", "drop_group", group)
+        time.sleep(delay)
+        acknowledged = ("returned", None) in self.session.kill()
+        self.session = self.server.session()
+        self.go_back()
+        in_mode_commit = self.kept is not None
+        self.open()
+        if not in_mode_commit and (acknowledged or self.session("numbers")[group] == (0, 0)):
+            self.oracle.drop(group, self.now)
         self.compare()
 
 
