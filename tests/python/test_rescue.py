@@ -13,6 +13,11 @@ import pytest
 import damo_embedding as de
 from comparing import Row, files_of, rows_of
 from damo_embedding.rescue import _mix
+from reliability import faults, trainee
+from reliability.oracle import Operation
+from reliability.suite import ask, listen, make_base
+from reliability.workload import SMALL, START, Workload
+from storage_server import fork_server
 
 pytestmark = pytest.mark.core
 
@@ -236,6 +241,41 @@ def test_verify_finds_damage_in_our_own_files(damaged: Path) -> None:
             assert [damage.file for damage in found] == [str(file)]
             file.write_bytes(good)
         assert storage.verify().damages == ()
+
+
+def test_verify_ends_however_much_cannot_be_read(tmp_path: Path) -> None:
+    """An index that is partly in memory says where blocks begin, and that they begin everywhere."""
+    origin = make_base(tmp_path / "origin")
+    options = {"memory": "16MiB", "threads": 1, "durability": "logged"}
+    verify = [Operation("verify")]
+    read = 0
+    with fork_server(faults.environment(), "reliability.trainee") as server:
+        session = server.session()
+        ask(session, trainee.open_storage, origin, "small", options)
+        session.start("call", trainee.train, Workload([1], SMALL).draw(150), START)
+        assert listen(session).ended
+        ask(session, trainee.close)
+        session.kill()
+        for nth in range(1, 100):
+            base = tmp_path / f"base-{nth}"
+            shutil.copytree(origin, base)
+            session = server.session()
+            try:
+                ask(session, trainee.watch, base)
+                ask(session, trainee.open_storage, base, "small", options)
+                ask(session, trainee.arm, faults.FAIL_FOR_GOOD, "read", "sst", nth)
+                session.start("call", trainee.train, verify, START)
+                told = listen(session)  # it fails when it takes too long
+                hit = ask(session, trainee.disarm)[0]
+            finally:
+                session.kill()
+            if not hit:
+                assert told.ended
+                assert not told.raised
+                break
+            assert [raised[0] for raised in told.raised.values()] == ["CorruptionError"]
+            read += 1
+    assert 5 < read < 99
 
 
 def test_what_cannot_be_salvaged_to_is_refused(damaged: Path, made: tuple[Path, Path, Found], tmp_path: Path) -> None:

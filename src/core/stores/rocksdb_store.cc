@@ -1066,24 +1066,23 @@ std::optional<StoredKey> RocksdbStore::place_after(const StoredKey& key) const {
   rocksdb::SizeApproximationOptions how;
   how.include_files = true;
   // From the indexes alone: 0 as long as both ends lie in the same blocks.
-  const auto is_elsewhere = [&](Number other) {
-    const StoredKey first = key_of(from), last = key_of(other);
+  const auto is_elsewhere = [&](Number start, Number other) {
+    const StoredKey first = key_of(start), last = key_of(other);
     const rocksdb::Range range(slice(first), slice(last));
     uint64_t size = 0;
     const rocksdb::Status status =
         engine_->db->GetApproximateSizes(how, engine_->db->DefaultColumnFamily(), &range, 1, &size);
     return status.ok() && size > 0;
   };
-  std::optional<Number> found;
-  if (from < end && is_elsewhere(end)) {
-    Number low = from, high = end;  // not elsewhere, elsewhere
+  // The first place in (low, high] that is `beyond`, as `high` is and `low` is not.
+  const auto first_beyond = [](Number low, Number high, const auto& beyond) {
     while (high - low > 1) {
       const Number middle = low + (high - low) / 2;
-      (is_elsewhere(middle) ? high : low) = middle;
+      (beyond(middle) ? high : low) = middle;
     }
-    found = high;
-  }
-  // A file whose index cannot be read has no blocks, but it has ends.
+    return high;
+  };
+  std::optional<Number> found;  // the next place where a file begins or has ended
   std::vector<rocksdb::LiveFileMetaData> files;
   engine_->db->GetLiveFilesMetaData(&files);
   for (const rocksdb::LiveFileMetaData& file : files) {
@@ -1091,6 +1090,16 @@ std::optional<StoredKey> RocksdbStore::place_after(const StoredKey& key) const {
     const Number beyond = number_of(StoredKey::from_bytes(bytes_of(rocksdb::Slice(file.largestkey)))) + 1;
     for (const Number place : {smallest, beyond})
       if (place > from && place <= end && (!found || place < *found)) found = place;
+  }
+  // Where an index cannot be read, each two neighbours seem to lie in different blocks: on to where it can, or else to
+  // the end of the file. By single keys it would never come to an end.
+  const auto is_untold = [&](Number place) { return place < end && is_elsewhere(place, place + 1); };
+  if (from < end && is_elsewhere(from, end)) {
+    const Number until = found.value_or(end);
+    const Number block = is_untold(from)
+                             ? first_beyond(from, until, [&](Number place) { return !is_untold(place); })
+                             : first_beyond(from, end, [&](Number place) { return is_elsewhere(from, place); });
+    if (!found || block < *found) found = block;
   }
   if (!found) return std::nullopt;
   return key_of(*found);

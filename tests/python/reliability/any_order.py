@@ -375,7 +375,6 @@ class StorageMachine(RuleBasedStateMachine):
         assert rows == len(table)
         self.compare()
 
-
     @rule(group=groups, delay=st.sampled_from([0.0, 0.001, 0.003, 0.01]))
     def kill_during_a_drop(self, group: int, delay: float) -> None:
         """All of the group is gone, or nothing of it. In mode commit nothing is."""

@@ -161,6 +161,14 @@ class Oracle:
             self._last_commit = (operation.number, operation.extra)
             self._changed(-1, [])
             return None
+        if operation.verb in ("expire", "compact"):  # each confirms the clock, and compact takes what expired by it
+            before = self.rows_at(self.sequence)
+            self._clock = max(self._clock, self.now)
+            self._changed(-1, [])
+            expired = sum(len(rows.keys) for rows in before.values()) - sum(self._numbers[-1].rows.values())
+            return expired if operation.verb == "expire" else None
+        if operation.verb == "verify":
+            return ()
         if operation.verb == "lost commit":  # one that failed, in mode commit: its number is gone
             self._changed(-1, [])
             return None

@@ -67,6 +67,10 @@ class Trainee:
             return self.reopen()
         if verb == "checkpoint":
             return self.storage.checkpoint(self.base / "checkpoints" / str(operation.number), step=operation.number)
+        if verb in ("expire", "compact"):
+            return getattr(self.storage, verb)()
+        if verb == "verify":  # rows that have expired may be among those that it counts
+            return self.storage.verify().damages
         embedding = self.embedding(operation.group)
         if verb == "dump":
             self.storage.dump(self.base / "dumps" / f"{operation.number}.bin", group=operation.group)

@@ -101,7 +101,8 @@ def draw_options(random: np.random.Generator, shape: Shape) -> dict[str, Any]:
 # verb, weight
 _VERBS = {
     "apply_gradients": 44, "lookup": 16, "import_rows": 3, "erase": 8, "commit": 7, "set_now": 4, "lookup_only": 4,
-    "contains": 2, "prefetch": 2, "scan": 2, "dump": 2, "checkpoint": 4, "reopen": 2, "open_group": 2,
+    "contains": 2, "prefetch": 2, "scan": 2, "dump": 2, "checkpoint": 4, "reopen": 2, "open_group": 2, "expire": 2,
+    "compact": 1, "verify": 1,
 }  # fmt: skip
 
 
@@ -170,6 +171,6 @@ class Workload:
             if last not in self._open:
                 self._open.append(last)
             return Operation(verb, last.group)
-        if verb in ("checkpoint", "reopen"):
+        if verb in ("checkpoint", "reopen", "expire", "compact", "verify"):
             return Operation(verb, number=self._number)
         return Operation(verb, group.group, number=self._number)
