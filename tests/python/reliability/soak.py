@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs suites at any size, goes on where it was stopped, and writes docs/reliability.md.
 
-The record is build/soak/record.json: for each suite the commit, the first seed, how many cases are done in a row, and
-what they did. Another commit or another first seed begins anew. A case is a seed, so a failure is one number.
+The record is docs/reliability.json: for each suite the code, the first seed, how many cases are done in a row, and
+what they did. Other code or another first seed begins anew; a commit that changes neither the package nor the suites
+goes on, also on another machine. A case is a seed, so a failure is one number.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -25,8 +27,10 @@ from reliability.suite import SkippedError
 from reliability.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[3]
-RECORD = ROOT / "build" / "soak" / "record.json"
+RECORD = ROOT / "docs" / "reliability.json"
 PAGE = ROOT / "docs" / "reliability.md"
+# What a case depends on: the package, and the suites with what they import.
+CODE = ("CMakeLists.txt", "src", "tests", ":!tests/python/test_*", ":!tests/core")
 
 
 INTRODUCTION = """\
@@ -52,14 +56,15 @@ LIMITS = """\
 """
 
 
-def commit() -> str:
-    """With a mark for what is not committed, but for the page: such a run shows nothing of a commit."""
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{PAGE.relative_to(ROOT)}")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+def code() -> tuple[str, str]:
+    """A name for the code that is run, and the commit; with a mark for what is not committed and shows nothing."""
+    name = hashlib.sha256(git("ls-files", "--stage", "--", *CODE).encode()).hexdigest()[:16]
+    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *CODE) else ""
+    return name + dirty, git("rev-parse", "--short", "HEAD").strip() + dirty
 
 
 def load() -> dict[str, Any]:
@@ -67,8 +72,7 @@ def load() -> dict[str, Any]:
 
 
 def save(record: dict[str, Any]) -> None:
-    RECORD.parent.mkdir(parents=True, exist_ok=True)
-    staged = RECORD.with_suffix(".tmp")
+    staged = RECORD.with_suffix(f".{os.getpid()}")
     staged.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     os.replace(staged, RECORD)
 
@@ -94,8 +98,11 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
     kind = SUITES[name]
     record = load()
     entry = record.get(name)
-    if entry is None or (entry["commit"], entry["first_seed"]) != (commit(), first):
-        entry = {"commit": commit(), "first_seed": first, "cases": 0, "done": {}, "failures": [], "seconds": 0.0}
+    what, commit = code()
+    if entry is None or (entry["code"], entry["first_seed"]) != (what, first):
+        entry = {"code": what, "first_seed": first, "cases": 0, "done": {}, "failures": [], "seconds": 0.0}
+    entry["commit"] = commit
+    entry.pop("skipped", None)
     done = Counter(entry["done"])
     todo: Any = multiprocessing.Queue()
     results: Any = multiprocessing.Queue()
