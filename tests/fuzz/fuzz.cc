@@ -1,16 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fuzzes every parser of the core: whole inputs, changed at random, must be read or refused with CorruptionError. Built
-// with the sanitizers (preset asan), which see what a test cannot.
+// Fuzzes every parser of the core without a compiler of its own: whole inputs, changed at random. Built with the
+// sanitizers (preset asan), which see what a test cannot. libfuzzer.cc, with Clang, goes deeper.
 //
-//   damo_fuzz [--target NAME] [--seconds N] [--runs N] [--seed N]      N runs or seconds of each target
+//   damo_fuzz [--parser NAME] [--seconds N] [--runs N] [--seed N]      N runs or seconds of each parser
 //
-// A parser behind a checksum would refuse nearly all that is random. So each target can put its checksums right again
-// after a change, and half of the inputs are made so. A crash is shown again by its --target, --seed and run number.
-#include <fcntl.h>
+// Half of the inputs get right checksums. A crash is shown again by its --parser, --seed and run number.
 #include <signal.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -18,405 +14,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
-#include "directory.h"
 #include "error.h"
-#include "file.h"
-#include "filter_file.h"
-#include "filter_format.h"
-#include "format.h"
-#include "log_segment.h"
-#include "manifest.h"
-#include "presence_filter.h"
-#include "saved_filter.h"
-#include "stores/commit_mark.h"
+#include "parsers.h"
 
 namespace damo {
 namespace {
-
-Bytes bytes_of(const std::string& text) { return std::as_bytes(std::span(text)); }
-
-void put_u64(std::string& text, size_t at, uint64_t number) {
-  if (at + sizeof number <= text.size()) std::memcpy(text.data() + at, &number, sizeof number);
-}
-uint64_t get_u64(const std::string& text, size_t at) {
-  uint64_t number = 0;
-  if (at + sizeof number <= text.size()) std::memcpy(&number, text.data() + at, sizeof number);
-  return number;
-}
-
-// What ends with the checksum of all before it.
-void repair_tail(std::string& text) {
-  if (text.size() >= 8) put_u64(text, text.size() - 8, checksum64(bytes_of(text).first(text.size() - 8)));
-}
-
-// A file without a disk.
-class MemoryFile {
- public:
-  MemoryFile() : fd_(::memfd_create("damo_fuzz", MFD_CLOEXEC)), path_("/proc/self/fd/" + std::to_string(fd_)) {}
-  ~MemoryFile() { ::close(fd_); }
-  MemoryFile(const MemoryFile&) = delete;
-  MemoryFile& operator=(const MemoryFile&) = delete;
-  const std::string& hold(const std::string& text) const {
-    if (::ftruncate(fd_, 0) != 0 || ::pwrite(fd_, text.data(), text.size(), 0) < 0) std::abort();
-    return path_;
-  }
-
- private:
-  int fd_;
-  std::string path_;
-};
-
-// Where a parser wants a name; in memory where there is such a place.
-class ScratchDirectory {
- public:
-  ScratchDirectory() {
-    std::string name = ::access("/dev/shm", W_OK) == 0 ? "/dev/shm/damo-fuzz-XXXXXX" : "/tmp/damo-fuzz-XXXXXX";
-    if (::mkdtemp(name.data()) == nullptr) std::abort();
-    path_ = name;
-  }
-  ~ScratchDirectory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  ScratchDirectory(const ScratchDirectory&) = delete;
-  ScratchDirectory& operator=(const ScratchDirectory&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-  std::filesystem::path hold(const std::string& name, const std::string& text) const {
-    const std::filesystem::path path = path_ / name;
-    FileDescriptor("fuzz", path, O_WRONLY | O_CREAT | O_TRUNC).write(bytes_of(text));
-    return path;
-  }
-
- private:
-  std::filesystem::path path_;
-};
-
-struct Target {
-  const char* name;
-  std::vector<std::string> seeds;                   // whole inputs
-  std::function<void(std::string&)> repair;         // may be null: nothing to put right
-  std::function<void(const std::string&)> consume;  // throws CorruptionError, or returns
-};
-
-const StoredKey kKey = StoredKey::make(3, 77);
-const StorageId kId{std::byte{1}, std::byte{2}};
-
-Target row_target() {
-  std::string whole, empty;
-  const std::vector<float> floats(24, 1.5f);
-  encode_row(kKey, {.update_count = 3, .step = 2, .time = 1, .sequence = 9, .has_floats = true}, floats, whole);
-  encode_row(kKey, {.update_count = 0, .step = 0, .time = 1, .sequence = 9, .has_floats = false}, {}, empty);
-  return {"row",
-          {whole, empty},
-          [](std::string& text) {
-            if (text.size() < 8) return;
-            std::memset(text.data() + 4, 0, 4);
-            std::string covered(reinterpret_cast<const char*>(kKey.bytes.data()), StoredKey::kBytes);
-            covered += text;
-            const auto checksum = static_cast<uint32_t>(checksum64(bytes_of(covered)));
-            std::memcpy(text.data() + 4, &checksum, sizeof checksum);
-          },
-          [](const std::string& text) {
-            const DecodedRow row = decode_row(kKey, bytes_of(text), 24);
-            if (row.header.has_floats && row.floats.size() != 96) std::abort();
-          }};
-}
-
-Target manifest_target() {
-  Manifest manifest;
-  TableSpec spec;
-  spec.group = 7;
-  spec.table_id = 1;
-  spec.name = "user";
-  spec.dimension = 16;
-  spec.optimizer = "adam";
-  spec.optimizer_settings = {{"lr", 0.1}, {"beta1", 0.9}};
-  spec.state = {{"exp_avg", true, 0.0f}, {"exp_avg_sq", true, 0.0f}};
-  spec.initializer = "uniform";
-  spec.initializer_settings = {{"low", -1.0}, {"high", 1.0}};
-  manifest.next_table_id = 3;
-  manifest.tables = {spec};
-  spec.group = 9;
-  spec.table_id = 2;
-  spec.name.clear();
-  manifest.tables.push_back(spec);
-  return {"manifest", {encode_manifest(manifest), encode_manifest({})}, repair_tail, [](const std::string& text) {
-            decode_manifest(bytes_of(text), "manifest");
-          }};
-}
-
-TableCounters aged_table(uint32_t table_id) {
-  TableCounters table;
-  table.table_id = table_id;
-  table.group_step = 3;
-  table.lifetime = {AgeUnit::kSeconds, 1000};
-  table.rows.add(5, 10);
-  table.rows.add(7, 1);
-  return table;
-}
-
-Target checkpoint_target() {
-  CheckpointManifest manifest;
-  manifest.step = 5;
-  manifest.extra = "extra";
-  manifest.counters.sequence = 9;
-  manifest.counters.tables = {aged_table(1)};
-  manifest.counters.last_commit = CommitRecord{4, "bytes"};
-  manifest.files = {{"rocksdb/000001.sst", 100, 7}, {"MANIFEST", 10, 8}};
-  return {"checkpoint", {encode_checkpoint(manifest), encode_checkpoint({})}, repair_tail, [](const std::string& text) {
-            decode_checkpoint(bytes_of(text), "checkpoint");
-          }};
-}
-
-Target counters_target() {
-  StorageCounters counters;
-  counters.sequence = 9;
-  counters.tables = {aged_table(1), aged_table(2)};
-  counters.last_commit = CommitRecord{4, "bytes"};
-  return {"counters", {encode_counters(counters), encode_counters({})}, nullptr, [](const std::string& text) {
-            decode_counters(bytes_of(text), "counters");
-          }};
-}
-
-std::string apply_body() {
-  const std::vector<uint64_t> keys{1, 2, 3};
-  const std::vector<float> gradients(12, 0.5f);
-  ApplyRecord record;
-  record.table_id = 1;
-  record.optimizer_id = 3;
-  record.dimension = 4;
-  record.group_step = 2;
-  record.numbers = {3, {0.1, 0.9, 0.999}};
-  record.ages = {AgeUnit::kSeconds, 100, {{5, 3}, {4, -1}}};
-  record.keys = keys;
-  std::string body = encode_apply_prefix(record);
-  body.append(reinterpret_cast<const char*>(keys.data()), keys.size() * sizeof(uint64_t));
-  body.append(reinterpret_cast<const char*>(gradients.data()), gradients.size() * sizeof(float));
-  return body;
-}
-
-std::string keys_body() {
-  const std::vector<uint64_t> keys{1, 2, 3};
-  std::string body = encode_keys_prefix({.table_id = 1, .time = 5, .ages = {}, .keys = keys});
-  body.append(reinterpret_cast<const char*>(keys.data()), keys.size() * sizeof(uint64_t));
-  return body;
-}
-
-std::string import_body() {
-  const std::vector<uint64_t> keys{1, 2, 3};
-  const std::vector<uint32_t> counts{0, 1, 7};
-  const std::vector<float> floats(12, 0.5f);
-  std::string body = encode_import_prefix(
-      {.table_id = 1, .num_floats = 4, .time = 5, .ages = {}, .keys = keys, .update_counts = {}, .floats = {}});
-  body.append(reinterpret_cast<const char*>(keys.data()), keys.size() * sizeof(uint64_t));
-  body.append(reinterpret_cast<const char*>(counts.data()), counts.size() * sizeof(uint32_t));
-  body.append(reinterpret_cast<const char*>(floats.data()), floats.size() * sizeof(float));
-  return body;
-}
-
-std::string count_body() {
-  const std::vector<uint64_t> keys{1, 2, 3};
-  const std::vector<uint32_t> times{1, 2, 1};
-  CountRecord record;
-  record.table_id = 1;
-  record.time = 5;
-  record.keys = keys;
-  std::string body = encode_count_prefix(record);
-  body.append(reinterpret_cast<const char*>(keys.data()), keys.size() * sizeof(uint64_t));
-  body.append(reinterpret_cast<const char*>(times.data()), times.size() * sizeof(uint32_t));
-  return body;
-}
-
-// The first byte says which kind of record it is.
-Target record_target() {
-  return {"record",
-          {"\1" + apply_body(), "\2" + keys_body(), "\3" + encode_commit({4, "extra"}), "\4" + import_body(),
-           "\5" + count_body(), "\6" + encode_expire({5})},
-          nullptr,
-          [](const std::string& text) {
-            if (text.empty()) return;
-            std::vector<uint64_t> keys;
-            ByteReader body(bytes_of(text).subspan(1), "record");
-            if (text[0] == 1) {
-              const ApplyRecord record = decode_apply(body, keys);
-              if (record.gradients.size() != record.keys.size() * record.dimension * sizeof(float)) std::abort();
-            } else if (text[0] == 2) {
-              decode_keys(body, keys);
-            } else if (text[0] == 3) {
-              decode_commit(body);
-            } else if (text[0] == 4) {
-              const ImportRecord record = decode_import(body, keys);
-              if (record.floats.size() != record.keys.size() * record.num_floats * sizeof(float)) std::abort();
-            } else if (text[0] == 5) {
-              const CountRecord record = decode_count(body, keys);
-              if (record.times.size() != record.keys.size() * sizeof(uint32_t)) std::abort();
-            } else {
-              decode_expire(body);
-            }
-          }};
-}
-
-constexpr uint64_t kSegment = 4;
-
-std::string segment() {
-  StorageCounters counters;
-  counters.sequence = 9;
-  std::string text = encode_segment_head(kId, kSegment, 10, encode_counters(counters));
-  uint64_t sequence = 10;
-  for (const auto& [type, body] :
-       {std::pair(RecordType::kApply, apply_body()), std::pair(RecordType::kErase, keys_body()),
-        std::pair(RecordType::kCommit, encode_commit({4, "extra"}))}) {
-    const std::array<Bytes, 1> parts{bytes_of(body)};
-    text += encode_record_header(type, sequence++, parts, segment_seed(kId, kSegment));
-    text += body;
-    text.resize(text.size() + record_padding(text.size()));
-  }
-  return text;
-}
-
-void repair_segment(std::string& text) {
-  if (text.size() < 128) return;
-  const uint64_t seed = segment_seed(kId, get_u64(text, 32));
-  const uint64_t state = std::min<uint64_t>(get_u64(text, 48), text.size() - 128);
-  std::string covered = text.substr(0, 56);
-  covered += text.substr(128, state);
-  put_u64(text, 56, checksum64(bytes_of(covered)));
-  for (const size_t slot : {size_t{64}, size_t{96}})
-    put_u64(text, slot + 24, checksum64(bytes_of(text).subspan(slot, 24), seed));
-  for (size_t at = 128 + state + record_padding(state); at + 32 <= text.size();) {
-    const uint64_t body = get_u64(text, at);
-    if (body > text.size() - at - 32) return;
-    covered = text.substr(at, 24) + text.substr(at + 32, body);
-    put_u64(text, at + 24, checksum64(bytes_of(covered), seed));
-    at += 32 + body + record_padding(body);
-  }
-}
-
-Target segment_target(const MemoryFile& file) {
-  return {"segment",
-          {segment(), encode_segment_head(kId, kSegment, 1, {})},
-          repair_segment,
-          [&file](const std::string& text) {
-            const FileDescriptor opened("fuzz", file.hold(text), O_RDONLY);
-            SegmentReader reader(opened, kId);
-            LogRecord record;
-            while (!reader.at_end() && !reader.read(record)) {
-              uint64_t sum = 0;
-              for (const std::byte byte : record.body) sum += std::to_integer<uint64_t>(byte);
-              if (sum > record.body.size() * 255) std::abort();  // so that each byte is read
-              reader.next();
-            }
-          }};
-}
-
-Target commit_mark_target(const MemoryFile& file) {
-  return {"commit mark",
-          {CommitMark::contents(7), CommitMark::contents(0)},
-          [](std::string& text) {
-            for (const size_t slot : {size_t{0}, size_t{512}}) {
-              put_u64(text, slot, 0x316b72616d6d6164);
-              const uint64_t number = get_u64(text, slot + 8);
-              put_u64(text, slot + 16, checksum64(std::as_bytes(std::span(&number, 1)), 0x316b72616d6d6164));
-            }
-          },
-          [&file](const std::string& text) { CommitMark::read(file.hold(text)); }};
-}
-
-Target presence_target(const MemoryFile& file) {
-  constexpr size_t kBytes = 4096;
-  std::string text = "DAMOPRES";
-  ByteWriter writer(text);
-  writer.put(uint32_t{1});
-  writer.put(uint32_t{0});
-  writer.put(uint64_t{9});
-  writer.put(uint64_t{kBytes / 64});
-  text.resize(text.size() + kBytes, '\5');
-  text.resize(text.size() + 8);
-  repair_tail(text);
-  return {"presence", {text}, repair_tail, [&file](const std::string& input) {
-            PresenceFilter filter(kBytes);
-            filter.load(file.hold(input), 1);
-          }};
-}
-
-Target current_target(const ScratchDirectory& scratch) {
-  StorageDirectory(scratch.path(), OpenMode::kCreate).replace_generation([](const auto&) {});
-  return {"current", {read_file(scratch.path() / "CURRENT", 256)}, nullptr, [&scratch](const std::string& text) {
-            scratch.hold("CURRENT", text);
-            live_generation(scratch.path());
-          }};
-}
-
-// ----------------------------------------------------------------- filters
-
-const FilterSettings kFilter{.capacity = 500, .count = 3, .fpr = 0.01, .halve_every = 400};
-const SavedFilter kSaved{kId, 3, 42};
-
-// Head, mark and counters, of a file whose checksums have this seed.
-void repair_filter(std::string& text, uint64_t seed) {
-  constexpr size_t kFields = 64, kMark = 24;
-  const CountingBloomFilter filter(kFilter);
-  const uint64_t end = filter_counters_end(filter);
-  if (text.size() < end) return;
-  put_u64(text, kFields, checksum64(bytes_of(text).first(kFields), seed));
-  put_u64(text, kFilterMarkOffset + kMark, checksum64(bytes_of(text).subspan(kFilterMarkOffset, kMark), seed));
-  for (size_t i = 0; i < filter.num_chunks(); ++i) {
-    const Bytes chunk = bytes_of(text).subspan(filter_chunk_offset(i), filter.chunk_bytes(i));
-    put_u64(text, end - (filter.num_chunks() - i) * 8, filter_chunk_checksum(chunk, i, seed));
-  }
-}
-
-Target saved_filter_target(const ScratchDirectory& scratch) {
-  const auto filter = std::make_shared<CountingBloomFilter>(kFilter);
-  filter->add(std::vector<uint64_t>{1, 2, 3, ~uint64_t{0}}, 2);
-  FilterSaver saver(scratch.path(), kSaved, filter);
-  saver.save();
-  saver.end();
-  return {"saved filter",
-          {read_file(scratch.path() / kSaved.name(), 1 << 20)},
-          [](std::string& text) { repair_filter(text, kSaved.seed()); },
-          [&scratch](const std::string& text) {
-            scratch.hold(kSaved.name(), text);
-            CountingBloomFilter read(kFilter);
-            read_saved_filter(scratch.path(), kSaved, read);
-          }};
-}
-
-Target filter_file_target(const ScratchDirectory& scratch) {
-  {
-    CountingBloomFilter filter(kFilter);
-    FilterFile file(scratch.path() / "filter", filter, true);
-    file.append(std::vector<uint64_t>{1, 2, 3}, 1);
-    file.sync();
-    file.append(std::vector<uint64_t>{4, ~uint64_t{0}}, 2);
-  }
-  const auto repair = [](std::string& text) {
-    repair_filter(text, 0);
-    for (size_t at = filter_counters_end(CountingBloomFilter(kFilter)); at + 24 <= text.size();) {
-      const uint64_t keys = get_u64(text, at);
-      if (keys > (text.size() - at - 24) / 8) return;
-      const std::string covered = text.substr(at, 16) + text.substr(at + 24, keys * 8);
-      put_u64(text, at + 16, checksum64(bytes_of(covered), at));
-      at += 24 + keys * 8;
-    }
-  };
-  return {"filter file", {read_file(scratch.path() / "filter", 1 << 20)}, repair, [&scratch](const std::string& text) {
-            const std::filesystem::path path = scratch.hold("filter", text);
-            CountingBloomFilter filter(kFilter);
-            try {
-              const FilterFile file(path, filter, true);
-            } catch (const SchemaMismatchError& refused) {  // a filter, of other settings
-              throw CorruptionError(refused.what());
-            }
-          }};
-}
-
-// -------------------------------------------------------------------- loop
 
 std::string changed(std::mt19937_64& random, const std::vector<std::string>& seeds) {
   const auto below = [&](size_t limit) { return static_cast<size_t>(random() % std::max<size_t>(limit, 1)); };
@@ -438,12 +45,11 @@ std::string changed(std::mt19937_64& random, const std::vector<std::string>& see
       case 3:
         text.insert(at, below(40), static_cast<char>(random()));
         break;
-      case 4:  // numbers are where lengths and counts are
-        put_u64(text, at & ~size_t{3}, kHard[below(kHard.size())]);
-        break;
-      case 5: {
-        const auto number = static_cast<uint32_t>(kHard[below(kHard.size())]);
-        if (at + 4 <= text.size()) std::memcpy(text.data() + at, &number, 4);
+      case 4:    // numbers are where lengths and counts are
+      case 5: {  // of eight bytes, or of four
+        const uint64_t number = kHard[below(kHard.size())];
+        const size_t width = random() % 2 == 0 ? 4 : 8, from = at & ~size_t{3};
+        if (from + width <= text.size()) std::memcpy(text.data() + from, &number, width);
         break;
       }
       default: {  // a piece of another one
@@ -461,33 +67,34 @@ uint64_t running_seed = 0, running_run = 0;
 
 // The sanitizers end with SIGABRT (abort_on_error) or with an exit code; both after this line.
 void say_which() {
-  std::fprintf(stderr, "target %s, --seed %llu, run %llu\n", running, static_cast<unsigned long long>(running_seed),
+  std::fprintf(stderr, "--parser %s, --seed %llu, run %llu\n", running, static_cast<unsigned long long>(running_seed),
                static_cast<unsigned long long>(running_run));
 }
 
-int fuzz(const Target& target, double seconds, uint64_t runs, uint64_t seed) {
-  running = target.name;
+int fuzz(const Parser& parser, double seconds, uint64_t runs, uint64_t seed) {
+  running = parser.name.c_str();
   running_seed = seed;
   std::mt19937_64 random(seed);
   uint64_t refused = 0;
-  for (const std::string& whole : target.seeds) target.consume(whole);  // must be taken
+  for (const std::string& whole : parser.seeds) parser.consume(std::as_bytes(std::span(whole)));  // must be taken
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   uint64_t run = 0;
   for (; run < runs && (run % 256 != 0 || std::chrono::steady_clock::now() < end); ++run) {
     running_run = run;
-    std::string text = changed(random, target.seeds);
-    if (target.repair && random() % 2 == 0) target.repair(text);
+    std::string text = changed(random, parser.seeds);
+    if (parser.repair && random() % 2 == 0) parser.repair(text);
     // A copy of exactly its size: a read past its end is past the end of an allocation.
-    const std::string input(text.data(), text.size());
+    const Bytes bytes = std::as_bytes(std::span(text));
+    const std::vector<std::byte> input(bytes.begin(), bytes.end());
     try {
-      target.consume(input);
+      parser.consume(input);
     } catch (const CorruptionError&) {
       ++refused;
     }
   }
-  std::printf("%s: %llu runs, %llu refused\n", target.name, static_cast<unsigned long long>(run),
+  std::printf("%s: %llu runs, %llu refused\n", parser.name.c_str(), static_cast<unsigned long long>(run),
               static_cast<unsigned long long>(refused));
-  return refused > 0 || std::strcmp(target.name, "presence") == 0 ? 0 : 1;
+  return refused > 0 || parser.name == "presence" ? 0 : 1;
 }
 
 int run(int count, char** arguments) {
@@ -496,19 +103,15 @@ int run(int count, char** arguments) {
   uint64_t runs = UINT64_MAX, seed = 0;
   for (int i = 1; i + 1 < count; i += 2) {
     const std::string name = arguments[i];
-    if (name == "--target") wanted = arguments[i + 1];
+    if (name == "--parser") wanted = arguments[i + 1];
     if (name == "--seconds") seconds = std::atof(arguments[i + 1]);
     if (name == "--runs") runs = std::strtoull(arguments[i + 1], nullptr, 10);
     if (name == "--seed") seed = std::strtoull(arguments[i + 1], nullptr, 10);
   }
   if (seconds >= 1e9 && runs == UINT64_MAX) seconds = 1;
-  const MemoryFile file;
-  const ScratchDirectory scratch;
   int failed = 0;
-  for (const Target& target : {row_target(), record_target(), segment_target(file), manifest_target(),
-                               checkpoint_target(), counters_target(), commit_mark_target(file), presence_target(file),
-                               current_target(scratch), saved_filter_target(scratch), filter_file_target(scratch)})
-    if (wanted.empty() || wanted == target.name) failed |= fuzz(target, seconds, runs, seed);
+  for (const Parser& parser : parsers())
+    if (wanted.empty() || wanted == parser.name) failed |= fuzz(parser, seconds, runs, seed);
   return failed;
 }
 
