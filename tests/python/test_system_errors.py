@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from reliability import faults, trainee
 from reliability.oracle import Operation, Oracle
-from reliability.suite import Told, ask, expect, listen, make_base
+from reliability.suite import DiedError, Told, ask, expect, listen, make_base
 from reliability.workload import SMALL, START
 from storage_server import ForkServer, fork_server
 
@@ -83,3 +85,62 @@ def test_opening_on_a_full_disk_does_not_end_the_process(server: ForkServer, tmp
     )
     assert told.raised[0][0] == "StorageError"
     assert_comes_back(server, tmp_path / "base", oracle)
+
+
+KINDS = ("open", "read", "write", "sync", "rename", "link", "mkdir", "unlink", "truncate")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "action", [faults.FAIL, faults.FAIL_FOR_GOOD, faults.KILL_BEFORE], ids=["fail", "for-good", "kill"]
+)
+def test_a_restore_that_does_not_end_leaves_the_old_storage_or_the_new_one(
+    server: ForkServer, tmp_path: Path, action: int
+) -> None:
+    """At every call to the system that it makes."""
+    base = make_base(tmp_path / "base")
+    oracle = Oracle(SMALL.groups, START)
+    session = server.session()
+    try:
+        ask(session, trainee.open_storage, base, SMALL.name, OPTIONS)
+        checkpoint = Operation("checkpoint", number=1)
+        operations = [apply(range(50)), SCAN, checkpoint, apply(range(25, 80)), SCAN, apply(range(60, 90))]
+        session.start("call", trainee.train, operations, oracle.now)
+        expect(oracle, operations, listen(session))
+    finally:
+        session.kill()
+    ends = {1: 0, 3: 0}  # the last operation of the restored storage, and of the old one
+    for call in KINDS:
+        for nth in range(1, 200):
+            place = tmp_path / f"{call}-{nth}"
+            shutil.copytree(base, place)
+            session = server.session()
+            try:
+                ask(session, trainee.watch, place)
+                ask(session, trainee.arm, action, call, "", nth, errno.EIO)
+                try:
+                    refused = ask(session, trainee.try_to_open, place, SMALL.name, OPTIONS, place / "checkpoints" / "1")
+                    hit = ask(session, trainee.disarm)[0]
+                except DiedError:
+                    assert action == faults.KILL_BEFORE
+                    refused, hit = ("killed", ""), "killed"
+            finally:
+                session.kill()
+            session = server.session()
+            try:
+                found = ask(session, trainee.recover, place, SMALL.name, OPTIONS)
+            finally:
+                session.kill()
+            shutil.rmtree(place)
+            assert found.sequence in ends
+            # A checkpoint is a commit, too.
+            assert found.numbers.last_commit == {1: (1, b""), 3: None}[found.sequence]
+            oracle.compare(replace(found, numbers=replace(found.numbers, last_commit=None)), 1, 3)
+            ends[found.sequence] += 1
+            assert refused is None or refused[0] in ("StorageError", "killed"), f"{call} {nth}: {refused}"
+            assert refused is not None or found.sequence == 1, f"{call} {nth}: it returned, and is not restored"
+            if not hit:
+                break
+        else:
+            raise AssertionError(f"{call}: there is no end")
+    assert min(ends.values()) > 5
