@@ -151,7 +151,7 @@ class BadInput(Suite):
     title = "bad-input matrix: argument x wrong value x entry point"
     promise = "TypeError, ValueError or a DamoError, and every byte of the storage is as it was"
     unit = "arguments"
-    small = full = 124  # all: some 13,000 calls
+    small = full = 131  # all: some 14,000 calls
 
     def __enter__(self) -> Self:
         self._scratch = scratch()
@@ -175,10 +175,20 @@ class BadInput(Suite):
         storage, embedding, directory = self.storage, self.embedding, self.directory
         fresh, out = directory / "fresh.damo", np.ones((2, DIMENSION), np.float32)
         both = np.array([1, 2])
+
+        def open_or_restore(path: Path, **options: Any) -> de.Storage:
+            return de.Storage.open_or_restore(path, directory / "absent", **options)
+
+        openings: dict[str, Callable[..., de.Storage]] = {
+            "Storage": de.Storage,
+            "create": de.Storage.create,
+            "open": de.Storage.open,
+            "open_or_restore": open_or_restore,
+        }
         found = [
             # A path that is no directory that could be made, or that is not text, is wrong; the others are not tried.
             Argument(f"{name}({argument})", lambda value, f=f, a=argument: f(fresh, **{a: value}), rule)
-            for name, f in (("Storage", de.Storage), ("create", de.Storage.create), ("open", de.Storage.open))
+            for name, f in openings.items()
             for argument, rule in (
                 ("memory", size),
                 ("durability", one_of("commit", "logged", "durable")),
@@ -196,10 +206,7 @@ class BadInput(Suite):
             Argument(f"{name}(read_only)", lambda value, f=f: f(fresh, read_only=value), one_of(True, False))
             for name, f in (("Storage", de.Storage), ("open", de.Storage.open))
         ]
-        found += [
-            Argument(f"{name}(path)", f, lambda value: _is_relative(value))
-            for name, f in (("Storage", de.Storage), ("create", de.Storage.create), ("open", de.Storage.open))
-        ]
+        found += [Argument(f"{name}(path)", f, lambda value: _is_relative(value)) for name, f in openings.items()]
         found += [
             Argument("restore(checkpoint)", lambda value: restore(value, fresh), nothing),
             Argument("restore(path)", lambda value: restore(directory / "checkpoint", value), _is_relative),
@@ -209,10 +216,14 @@ class BadInput(Suite):
                 lambda value: restore(directory / "checkpoint", fresh, threads=value),
                 either(one_of(None), integer(1, 1024)),
             ),
-            Argument("open_or_restore(path)", lambda value: de.Storage.open_or_restore(value, fresh), _is_relative),
+            Argument(
+                "open_or_restore(checkpoints)",
+                lambda value: de.Storage.open_or_restore(fresh, value),
+                lambda value: isinstance(value, str | Path),
+            ),
             Argument(
                 "open_or_restore(replace_damaged)",
-                lambda value: de.Storage.open_or_restore(fresh, directory / "absent", replace_damaged=value),
+                lambda value: open_or_restore(fresh, replace_damaged=value),
                 one_of(True, False),
             ),
             Argument("checkpoints(directory)", de.Storage.checkpoints, lambda value: isinstance(value, str | Path)),
