@@ -11,7 +11,7 @@
 namespace damo {
 
 struct HotRow {
-  // Flag bits; in memory only.
+  // Flag bits; in memory only. They change under the structure lock, also of a row that is still pending.
   static constexpr uint8_t kDirty = 1;    // differs from the cold tier, or is not there yet
   static constexpr uint8_t kErased = 2;   // a tombstone: the key has no row, the cold tier may still have one
   static constexpr uint8_t kPending = 4;  // its owner is still filling it; not in the index

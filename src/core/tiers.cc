@@ -199,7 +199,6 @@ void Tiers::fill_from(const TableShape& shape, const StoredKey& key, const Decod
   row.update_count = decoded.header.update_count;
   row.step = decoded.header.step;
   if (decoded.header.has_floats) {
-    row.flags |= HotRow::kFloats;
     std::memcpy(row.floats(), decoded.floats.data(),
                 planted("state not read back") ? shape.spec.dimension * sizeof(float) : decoded.floats.size());
   } else {
@@ -238,12 +237,12 @@ void Tiers::make_room(const TableShape& shape, size_t rows) {
   wait_for_slots(hot_.slot_bytes(shape.num_floats()), rows);
 }
 
-void Tiers::add_row(Slot slot) {
+void Tiers::add_row(Slot slot, bool has_floats) {
   HotRow* row = hot_.row(slot);
   HotTier::Shard& shard = hot_.shard(hot_.shard_of(row->mixed));
   const std::lock_guard lock(shard.mutex);
   hot_.reserve_entries(shard, 1);
-  row->flags &= static_cast<uint8_t>(~HotRow::kPending);
+  row->flags = has_floats ? HotRow::kFloats : uint8_t{0};
   hot_.insert(shard, slot);
 }
 
@@ -292,12 +291,12 @@ Tiers::Absent Tiers::bring_in(const TableShape& shape, const Expiry& expiry, Bat
       pending_bytes_ -= num_slots * slot_bytes;
       slots_freed_.notify_all();
     };
-    std::vector<uint8_t> found(size, 0);
+    std::vector<Found> found(size, Found::kNowhere);
     try {
       read_cold(keys, [&](size_t i, Bytes value) {
         const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
         if (!expiry.alive(decoded.header.time, decoded.header.step)) return;
-        found[i] = 1;
+        found[i] = decoded.header.has_floats ? Found::kFloats : Found::kFirstFloats;
         if (i < num_slots) {
           fill_from(shape, keys[i], decoded, *hot_.row(slots[i]));
         } else if (out != nullptr) {
@@ -319,13 +318,13 @@ Tiers::Absent Tiers::bring_in(const TableShape& shape, const Expiry& expiry, Bat
             rows.push_back(r);  // perhaps changed and evicted after it was read: read again
             continue;
           }
-          if (found[i] == 0) {
+          if (found[i] == Found::kNowhere) {
             absent.rows.push_back(r);
             continue;
           }
           ++counters_.cold_hits;
           if (i >= num_slots) continue;  // served without a slot
-          add_row(slots[i]);
+          add_row(slots[i], found[i] == Found::kFloats);
           slot = slots[i];
           slots[i] = kNoSlot;
         } else if (const HotRow* row = hot_.row(slot); !row->is_row() || !expiry.alive(row->time, row->step)) {
@@ -453,14 +452,14 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, co
           }
         }
       }
-      std::vector<uint8_t> found(size, 0);
+      std::vector<Found> found(size, Found::kNowhere);
       std::exception_ptr error;
       try {
         read_cold(keys, [&](size_t i, Bytes value) {
           const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
           if (!expiry.alive(decoded.header.time, decoded.header.step)) return;
           fill_from(shape, keys[i], decoded, *hot_.row(slots[i]));
-          found[i] = 1;
+          found[i] = decoded.header.has_floats ? Found::kFloats : Found::kFirstFloats;
         });
       } catch (...) {
         error = std::current_exception();
@@ -472,10 +471,10 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, co
         const bool came_in = hot_.find(hot_.shard(hot_.shard_of(mixed)), table_id, mixed) != kNoSlot;
         if (error || came_in || removed_since(mixed, epoch)) {
           hot_.free(slots[i]);  // probed again below
-        } else if (found[i] != 0) {
+        } else if (found[i] != Found::kNowhere) {
           // Not to leave again before it is used: the hand has to pass three times.
           hot_.row(slots[i])->referenced.store(HotRow::kMaxReferenced, std::memory_order_relaxed);
-          add_row(slots[i]);
+          add_row(slots[i], found[i] == Found::kFloats);
           ++counters_.cold_hits;
         } else {
           hot_.free(slots[i]);
@@ -611,7 +610,7 @@ void Tiers::discard(uint32_t table_id) {
     ++epoch_;
     slots.clear();
     hot_.for_each_row(slab, [&](Slot slot, const HotRow* row) {
-      if (row->table_id == table_id && !row->has(HotRow::kPending)) slots.push_back(slot);
+      if (!row->has(HotRow::kPending) && row->table_id == table_id) slots.push_back(slot);
     });
     for (const Slot slot : slots) remove_row(slot);
   }

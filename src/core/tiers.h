@@ -221,9 +221,12 @@ class Tiers {
   void keep_displaced(DisplacedRows&& rows);
   void encode(const HotRow& row, std::string& out) const;
   static StoredKey stored_key(const HotRow& row) noexcept { return StoredKey::make(row.table_id, row.mixed); }
-  void add_row(Slot slot);                                                   // structure lock held
+  void add_row(Slot slot, bool has_floats);                                  // structure lock held
   size_t allocate(size_t slot_bytes, size_t count, std::vector<Slot>& out);  // structure lock held
   void wait_for_slots(size_t slot_bytes, size_t count);                      // no structure lock
+  // What the cold tier had of a row.
+  enum class Found : uint8_t { kNowhere, kFirstFloats, kFloats };
+  // All but the flags: whoever goes over the slots reads those of a pending row, too.
   static void fill_from(const TableShape& shape, const StoredKey& key, const DecodedRow& decoded, HotRow& row);
 
   void evict_loop();

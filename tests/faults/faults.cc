@@ -2,7 +2,8 @@
 //
 // A library for LD_PRELOAD that stands between a process and its file system: below one directory it counts calls,
 // lets the Nth of a kind fail, kills the process there, and keeps a journal of all that changes files. It sees the core
-// and RocksDB alike and needs no hook in either. tests/python/reliability/faults.py builds and drives it.
+// and RocksDB alike and needs no hook in either. Memory goes through memory.cc, a library of its own.
+// tests/python/reliability/faults.py builds and drives both.
 //
 //   points   every call that is visited has a kind ("write", "sync", ...) and the class of its file ("log", "sst", ...)
 //   journal  creations, writes, truncations, renames, links, removals, syncs and marks of the test, in the order in
@@ -35,7 +36,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <new>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -443,12 +443,6 @@ void* allocate(size_t bytes, size_t alignment) noexcept {
   return ::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
 }
 
-void* allocate_or_throw(size_t bytes, size_t alignment) {
-  void* memory = allocate(bytes, alignment);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
 }  // namespace
 
 // --------------------------------------------------------------- the driver
@@ -536,6 +530,9 @@ uint64_t damo_faults_visits() {
   const Lock lock(state().mutex);
   return state().visits;
 }
+
+// What operator new of memory.cc asks for; null: refused.
+void* damo_faults_allocate(size_t bytes, size_t alignment) noexcept { return allocate(bytes, alignment); }
 
 // Lines of "call class count" since the last arm; valid until the next call here.
 const char* damo_faults_counts() {
@@ -704,22 +701,3 @@ int mkdirat(int directory, const char* path, mode_t mode) noexcept {
 int mkdir(const char* path, mode_t mode) noexcept { return mkdirat(AT_FDCWD, path, mode); }
 
 }  // extern "C"
-
-void* operator new(size_t bytes) { return allocate_or_throw(bytes, 0); }
-void* operator new[](size_t bytes) { return allocate_or_throw(bytes, 0); }
-void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return allocate(bytes, 0); }
-void* operator new[](size_t bytes, const std::nothrow_t&) noexcept { return allocate(bytes, 0); }
-void* operator new(size_t bytes, std::align_val_t alignment) {
-  return allocate_or_throw(bytes, static_cast<size_t>(alignment));
-}
-void* operator new[](size_t bytes, std::align_val_t alignment) {
-  return allocate_or_throw(bytes, static_cast<size_t>(alignment));
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }

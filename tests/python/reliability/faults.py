@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives tests/faults/faults.cc, the library that stands between a process and its file system.
+"""Drives tests/faults, the libraries that stand between a process and its file system, and its memory.
 
 It works in processes that were started with `environment()`. Here is also the list of points: a kind of call and a
 class of file.
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-SOURCE = ROOT / "tests" / "faults" / "faults.cc"
+SOURCES = ROOT / "tests" / "faults"
 
 # As the library numbers them.
 KILL_BEFORE, KILL_AFTER, FAIL, FAIL_FOR_GOOD, SHORT, TEAR = range(1, 7)
@@ -41,25 +41,28 @@ POINTS = [
 
 
 @cache
-def library() -> Path:
-    """The built library; a build takes seconds and is kept under build/faults."""
+def library(name: str = "faults") -> Path:
+    """A built library; a build takes seconds and is kept under build/faults."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler (looked for g++)")
-    name = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    built = ROOT / "build" / "faults" / f"libdamo_faults-{name}.so"
+    source = SOURCES / f"{name}.cc"
+    version = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    built = ROOT / "build" / "faults" / f"libdamo_{name}-{version}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         staged = built.with_suffix(f".{os.getpid()}")
         flags = ["-std=c++20", "-O2", "-g1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(staged), "-ldl"], check=True)
+        subprocess.run([compiler, *flags, str(source), "-o", str(staged), "-ldl"], check=True)
         os.replace(staged, built)
     return built
 
 
 def environment() -> dict[str, str]:
-    """What a process needs in its environment to be under the library."""
-    return {**os.environ, "LD_PRELOAD": str(library()), "DAMO_FAULTS": str(library())}
+    """What a process needs in its environment to be under the library. A sanitizer that is preloaded stays."""
+    preloaded = os.environ.get("LD_PRELOAD", "").split()
+    libraries = [str(library("memory")), *preloaded, str(library())]
+    return {**os.environ, "LD_PRELOAD": " ".join(libraries), "DAMO_FAULTS": str(library())}
 
 
 class Faults:
