@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the tester: every planted defect of src/core must be noticed by a suite. Lists those that were not.
 
-The package must be built with DAMO_PLANTED_DEFECTS; scripts/plant does that. Writes build/planted/result.json.
+The package must be built with DAMO_PLANTED_DEFECTS; scripts/plant does that. What is known is kept in the record of
+the soak (docs/reliability.json), which goes into docs/reliability.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
+from reliability import soak
 from reliability.suite import SkippedError
 from reliability.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[3]
 # The cheapest suites first; each gets a share of a defect's time.
-ORDER = ("bad-input", "flips", "cold-flips", "kill", "power-loss", "call-fails", "disk-full", "ext4-power-loss")
+ORDER = (
+    "bad-input", "flips", "kill", "cold-flips", "power-loss", "any-order", "call-fails", "disk-full", "ext4-power-loss",
+    "torch-kill",
+)  # fmt: skip
 
 
 def defects() -> list[str]:
@@ -63,8 +69,9 @@ def noticed(defect: str, seconds: float) -> tuple[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/plant", description=__doc__)
-    parser.add_argument("defects", nargs="*", help="these only")
+    parser.add_argument("defects", nargs="*", help="these only; none: all that no suite has noticed yet")
     parser.add_argument("--seconds", type=float, default=240.0, help="for each defect, shared by the suites")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="defects beside each other")
     parser.add_argument("--suite", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.suite:
@@ -77,15 +84,28 @@ def main() -> int:
     if clean:
         print(f"{clean} fails without a defect: {said}")
         return 1
-    result = {}
-    for defect in arguments.defects or known:
+    what, commit = soak.code()
+    entry = soak.load().get("planted", {})
+    if entry.get("code") != what:
+        entry = {"code": what, "defects": {}}
+    entry["commit"] = commit
+    todo = arguments.defects or [defect for defect in known if not entry["defects"].get(defect, {}).get("noticed_by")]
+
+    def look(defect: str) -> tuple[str, dict[str, Any]]:
         started = time.monotonic()
         suite, said = noticed(defect, arguments.seconds)
-        result[defect] = {"noticed_by": suite, "what": said[:300], "seconds": round(time.monotonic() - started, 1)}
-        print(f"{'noticed by ' + suite if suite else 'SURVIVED':<30}{defect}: {said[:150]}", flush=True)
-        path = ROOT / "build" / "planted" / "result.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    survivors = [defect for defect, entry in result.items() if not entry["noticed_by"]]
+        return defect, {"noticed_by": suite, "what": said[:300], "seconds": round(time.monotonic() - started, 1)}
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for future in as_completed([pool.submit(look, defect) for defect in todo]):
+            defect, found = future.result()
+            suite, said = found["noticed_by"], found["what"]
+            print(f"{'noticed by ' + suite if suite else 'SURVIVED':<30}{defect}: {said[:150]}", flush=True)
+            entry["defects"][defect] = found
+            soak.save("planted", entry)
+    soak.PAGE.write_text(soak.page(soak.load()))
+    result = entry["defects"]
+    survivors = [defect for defect, found in result.items() if not found["noticed_by"]]
     print(f"{len(result) - len(survivors)} of {len(result)} noticed; survivors: {', '.join(survivors) or 'none'}")
     return int(bool(survivors))
 

@@ -71,7 +71,9 @@ def load() -> dict[str, Any]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
-def save(record: dict[str, Any]) -> None:
+def save(name: str, entry: dict[str, Any]) -> None:
+    record = load()  # another entry may be of somebody who runs beside this
+    record[name] = entry
     staged = RECORD.with_suffix(f".{os.getpid()}")
     staged.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     os.replace(staged, RECORD)
@@ -96,8 +98,7 @@ def work(name: str, todo: Any, results: Any) -> None:
 def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str, Any]:
     """Goes on with a suite; returns its entry in the record."""
     kind = SUITES[name]
-    record = load()
-    entry = record.get(name)
+    entry = load().get(name)
     what, commit = code()
     if entry is None or (entry["code"], entry["first_seed"]) != (what, first):
         entry = {"code": what, "first_seed": first, "cases": 0, "done": {}, "failures": [], "seconds": 0.0}
@@ -135,16 +136,14 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
             entry.update(
                 cases=next_counted - first, done=dict(done), seconds=round(base + time.monotonic() - started, 1)
             )
-            record[name] = entry
             if seed % 20 == 0:
-                save(record)
+                save(name, entry)
                 print(f"{name}: {done[kind.unit]:,} of {units:,} {kind.unit}", flush=True)
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on", flush=True)
         raise
     finally:
-        record[name] = entry
-        save(record)
+        save(name, entry)
         for _ in workers:
             todo.put(None)
         for worker in workers:
@@ -177,6 +176,19 @@ def page(record: dict[str, Any]) -> str:
             continue
         did = ", ".join(f"{what} {count:,}" for what, count in sorted(entry["done"].items()) if what != kind.unit)
         lines += [f"- **{name}**, {entry['cases']:,} cases in {entry['seconds']:,.0f} s: {did or 'as counted above'}."]
+    if planted := record.get("planted"):
+        found = planted["defects"]
+        noticed = Counter(entry["noticed_by"] for entry in found.values() if entry["noticed_by"])
+        by_suite = ", ".join(f"{count} by {name}" for name, count in noticed.most_common())
+        survivors = ", ".join(defect for defect, entry in found.items() if not entry["noticed_by"])
+        lines += [
+            "",
+            "## Defects that were planted",
+            "",
+            f"Of {len(found)} ways to lose or mix rows that `scripts/plant` builds into the core, "
+            f"{sum(noticed.values())} were noticed ({by_suite}), on `{planted['commit']}`. "
+            f"Not noticed: {survivors or 'none'}.",
+        ]
     lines += [
         "",
         *LIMITS.splitlines(),
