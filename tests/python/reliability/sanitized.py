@@ -25,9 +25,10 @@ from storage_server import fork_server
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
-# Not torch-kill: torch is not built with sanitizers, and starts too slowly under one. Not fuzz: it has its own program.
+# Not fuzz: it has a program of its own, which has the sanitizers.
 DEFAULT = (
-    "kill", "power-loss", "call-fails", "disk-full", "flips", "cold-flips", "bad-input", "ext4-power-loss", "any-order",
+    "kill", "torch-kill", "power-loss", "call-fails", "disk-full", "flips", "cold-flips", "bad-input",
+    "ext4-power-loss", "any-order",
 )  # fmt: skip
 STRIDE = {"call-fails": 23}  # as in test_reliability.py: a few seeds see all kinds
 SHORTEST = 10.0  # seconds
