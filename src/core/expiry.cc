@@ -47,11 +47,6 @@ int64_t Storage::read_clock() const {
   return is_too_far(clock, wanted) ? clock : std::max(clock, wanted);
 }
 
-int64_t Storage::tick() {
-  clock_ = read_clock();
-  return clock_;
-}
-
 bool Storage::is_too_far(int64_t from, int64_t to) const noexcept {
   // Before the first operation nothing can expire, and every time is as good.
   return from != 0 && ages_by_time_.load() && to - from > kMaxClockStep;
@@ -95,7 +90,7 @@ uint64_t Storage::expire(std::optional<int64_t> now) {
       return rows;
     };
     const uint64_t before = living();
-    const ExpireRecord record{std::max(tick(), now.value_or(wanted_now()))};
+    const ExpireRecord record{std::max(read_clock(), now.value_or(wanted_now()))};
     const std::string body = encode_expire(record);
     const std::array<Bytes, 1> parts{std::as_bytes(std::span(body))};
     sequence = append(RecordType::kExpire, parts);
@@ -220,9 +215,11 @@ void Storage::compact() {
   {
     // What has expired by now may be left out, and not only what had by the last operation: so this is one.
     const std::unique_lock order = begin_operation();
-    const std::string body = encode_expire({tick()});
+    const ExpireRecord record{read_clock()};
+    const std::string body = encode_expire(record);
     const std::array<Bytes, 1> parts{std::as_bytes(std::span(body))};
     append(RecordType::kExpire, parts);
+    clock_ = record.time;
   }
   cut_log();
   store_->compact(nullptr);

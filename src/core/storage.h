@@ -229,7 +229,6 @@ class Storage {
   // The time for who reads: looking does not move the clock, or a look before the user gives the time of old events
   // would leave them in the past.
   int64_t read_clock() const;        // what the clock would be at an operation now; it moves only with a record
-  int64_t tick();                    // the order lock is held: moves the clock on, and tells it
   StorageCounters counters() const;  // the order lock is held
 
   void open_generation(const std::filesystem::path& generation);

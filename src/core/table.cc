@@ -608,7 +608,7 @@ uint64_t Table::apply_sums(const Batch& batch, std::span<const uint64_t> keys, c
   record.kernel_version = optimizer().kernel_version();
   record.dimension = spec().dimension;
   record.group_step = step_ + 1;
-  record.time = storage_.tick();
+  record.time = storage_.read_clock();
   record.numbers = optimizer().numbers(lr, record.group_step);
   record.keys = keys;
   // A key that its filter has not let in has nothing to learn with.
@@ -635,6 +635,7 @@ uint64_t Table::apply_sums(const Batch& batch, std::span<const uint64_t> keys, c
                                   const std::array<Bytes, 3> parts{std::as_bytes(std::span(prefix)),
                                                                    std::as_bytes(written.keys), std::as_bytes(logged)};
                                   sequence = storage_.append(RecordType::kApply, parts);
+                                  storage_.clock_ = record.time;
                                   step_ = record.group_step;
                                   if (filter) filter->ignored += rows.size() - present.size();
                                 },
@@ -724,7 +725,7 @@ void Table::import_rows(std::span<const uint64_t> keys, std::span<const uint32_t
   uint64_t sequence = 0;
   {
     const std::unique_lock order = storage_.begin_operation();
-    const int64_t time = storage_.tick();
+    const int64_t time = storage_.read_clock();
     const Bytes counts = std::as_bytes(update_counts);
     const Bytes values = std::as_bytes(std::span(floats, keys.size() * num_floats));
     const Operation operation{
@@ -741,6 +742,7 @@ void Table::import_rows(std::span<const uint64_t> keys, std::span<const uint32_t
               const std::string prefix = encode_import_prefix(record);
               const std::array<Bytes, 4> parts{std::as_bytes(std::span(prefix)), std::as_bytes(keys), counts, values};
               sequence = storage_.append(RecordType::kImport, parts);
+              storage_.clock_ = time;
             },
         .change =
             [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {

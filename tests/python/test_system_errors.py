@@ -15,7 +15,7 @@ import pytest
 from reliability import faults, trainee
 from reliability.oracle import Operation, Oracle
 from reliability.suite import DiedError, Told, ask, expect, listen, make_base
-from reliability.workload import SMALL, START
+from reliability.workload import HOURS, SMALL, START
 from storage_server import ForkServer, fork_server
 
 OPTIONS = {"memory": "16MiB", "threads": 1, "log_bytes": "64MiB", "durability": "logged"}
@@ -85,6 +85,20 @@ def test_opening_on_a_full_disk_does_not_end_the_process(server: ForkServer, tmp
     )
     assert told.raised[0][0] == "StorageError"
     assert_comes_back(server, tmp_path / "base", oracle)
+
+
+def test_an_operation_that_fails_does_not_move_the_clock(server: ForkServer, tmp_path: Path) -> None:
+    """expire did not count what had expired by the time of an update that was not written."""
+    keys = np.arange(20)
+    mortal = Operation("apply_gradients", 7, keys, np.ones((20, 16), np.float32))  # they live 40 hours
+    update = apply(range(50))
+    weights = Operation("import_rows", 0, keys, np.ones((20, 3), np.float32), counts=keys)
+    for number, changing in enumerate((update, weights)):
+        after = [Operation("set_now", number=START + 41 * HOURS), changing, Operation("expire")]
+        failure = (faults.FAIL, "write", "log", 1, errno.ENOSPC)
+        _, told = train_with_a_failure(server, tmp_path / f"base-{number}", [mortal], failure, after)
+        assert list(told.raised) == [1]
+        assert told.answers[2] == trainee.digest(20)
 
 
 KINDS = ("open", "read", "write", "sync", "rename", "link", "mkdir", "unlink", "truncate")

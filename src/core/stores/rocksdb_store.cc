@@ -1095,10 +1095,16 @@ std::optional<StoredKey> RocksdbStore::place_after(const StoredKey& key) const {
   // the end of the file. By single keys it would never come to an end.
   const auto is_untold = [&](Number place) { return place < end && is_elsewhere(place, place + 1); };
   if (from < end && is_elsewhere(from, end)) {
-    const Number until = found.value_or(end);
-    const Number block = is_untold(from)
-                             ? first_beyond(from, until, [&](Number place) { return !is_untold(place); })
-                             : first_beyond(from, end, [&](Number place) { return is_elsewhere(from, place); });
+    Number block = 0;
+    if (is_untold(from)) {
+      // In growing steps, for there may be more than one such place, and what lies between them is to be read.
+      const Number until = found.value_or(end);
+      Number low = from, step = 1;
+      for (; low + step < until && is_untold(low + step); step *= 2) low += step;
+      block = first_beyond(low, std::min(low + step, until), [&](Number place) { return !is_untold(place); });
+    } else {
+      block = first_beyond(from, end, [&](Number place) { return is_elsewhere(from, place); });
+    }
     if (!found || block < *found) found = block;
   }
   if (!found) return std::nullopt;

@@ -111,9 +111,9 @@ class DiskFull(ServedSuite):
     def _compare(self, found: Found, oracle: Oracle, moments: list[Moment] | None) -> Oracle:
         """Everything is there, or in mode commit what was kept; the oracle that goes on from there."""
         if moments is None:
-            oracle.compare(found, oracle.sequence, oracle.sequence, failed=True)
+            oracle.compare(found, oracle.sequence, oracle.sequence)
             return oracle
-        moment = oracle.compare_moments(found, moments, failed=True)
+        moment = oracle.compare_moments(found, moments)
         moments[:] = [moment]
         self.done["back at a commit"] += 1
         return oracle.from_moment(moment)

@@ -186,7 +186,7 @@ def expect(oracle: Oracle, operations: list[Operation], told: Told | None = None
         if operation.group >= 0:
             expected.opened.setdefault(operation.group, place)
         # A group is saved by the first operation after its opening that writes a record, or that reads one moment.
-        if oracle.sequence > before or operation.verb in ("scan", "dump", "checkpoint", "reopen"):
+        if oracle.sequence > before or operation.verb in ("scan", "dump", "checkpoint", "verify", "reopen"):
             for group in expected.opened:
                 expected.saved.setdefault(group, place)
         if operation.verb == "checkpoint":
