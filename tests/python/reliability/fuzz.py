@@ -28,7 +28,7 @@ class Fuzz(Suite):
     name = "fuzz"
     title = "libFuzzer on every parser, under AddressSanitizer and UBSan"
     promise = "read, or refused with CorruptionError; no byte is touched that is not the parser's"
-    unit = "inputs of each parser"
+    unit = "runs of each parser"
     small = 0  # damo_fuzz is among the C++ tests
     full = 5_000_000
 

@@ -37,10 +37,9 @@ def defects() -> list[str]:
     return sorted(found)
 
 
-def notice(name: str, seconds: float) -> str:
-    """In this process: runs a suite until it fails; what it said, or ""."""
+def notice(name: str, seconds: float, seed: int = 0) -> str:
+    """In this process: runs a suite from this seed until it fails; what it said, or ""."""
     end = time.monotonic() + seconds
-    seed = 0
     try:
         with SUITES[name]() as suite:
             while time.monotonic() < end and not (name == "bad-input" and seed >= SUITES[name].small):
@@ -55,15 +54,27 @@ def notice(name: str, seconds: float) -> str:
     return ""
 
 
+def run(defect: str, name: str, seconds: float, seed: int = 0) -> str:
+    command = [sys.executable, "-m", "reliability.planted", "--suite", name, "--seed", str(seed)]
+    done = subprocess.run(
+        [*command, "--seconds", str(seconds)],
+        env={**os.environ, "DAMO_DEFECT": defect},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or (f"it ended with {done.returncode}" if done.returncode else "")
+
+
 def noticed(defect: str, seconds: float) -> tuple[str, str]:
     """The suite that noticed it, and what it said."""
     for name in ORDER:
-        command = [sys.executable, "-m", "reliability.planted", "--suite", name, "--seconds", str(seconds / len(ORDER))]
-        run = subprocess.run(
-            command, env={**os.environ, "DAMO_DEFECT": defect}, stdout=subprocess.PIPE, text=True, check=False
-        )
-        if run.stdout or run.returncode != 0:
-            return name, run.stdout.strip() or f"it ended with {run.returncode}"
+        said = run(defect, name, seconds / len(ORDER))
+        seed = re.match(r"seed (\d+): ", said)
+        if seed and defect != "none" and (without := run("none", name, 1e-3, int(seed[1]))):
+            raise SystemExit(f"{name} fails without a defect, too: {without}")
+        if said:
+            return name, said
     return "", ""
 
 
@@ -73,9 +84,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240.0, help="for each defect, shared by the suites")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="defects beside each other")
     parser.add_argument("--suite", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.suite:
-        print(notice(arguments.suite, arguments.seconds), end="")
+        print(notice(arguments.suite, arguments.seconds, arguments.seed), end="")
         return 0
     known = defects()
     if unknown := set(arguments.defects) - set(known):
@@ -103,7 +115,7 @@ def main() -> int:
             print(f"{'noticed by ' + suite if suite else 'SURVIVED':<30}{defect}: {said[:150]}", flush=True)
             entry["defects"][defect] = found
             soak.save("planted", entry)
-    soak.PAGE.write_text(soak.page(soak.load()))
+    soak.write_page()
     result = entry["defects"]
     survivors = [defect for defect, found in result.items() if not found["noticed_by"]]
     print(f"{len(result) - len(survivors)} of {len(result)} noticed; survivors: {', '.join(survivors) or 'none'}")

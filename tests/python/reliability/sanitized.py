@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from damo_embedding import _core
 from reliability import faults
 from reliability.suite import SkippedError
 from reliability.suites import SUITES
@@ -31,7 +32,6 @@ DEFAULT = (
     "ext4-power-loss", "any-order",
 )  # fmt: skip
 STRIDE = {"call-fails": 23}  # as in test_reliability.py: a few seeds see all kinds
-SHORTEST = 10.0  # seconds
 
 
 def python_of(name: str) -> Path:
@@ -112,6 +112,9 @@ def run_part(name: str, suite: str, part: int, seeds: list[int], seconds: float)
 def fault(served: object, kind: str) -> None:
     """What a sanitizer must see, in a child of a fork server, as the suites' storages are."""
     del served
+    core = Path(_core.__file__)
+    assert core.is_relative_to(ROOT / "build" / "sanitized" / kind), core
+    assert f"__{kind[0]}san_".encode() in core.read_bytes(), f"{core} is not built with a sanitizer"
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     size = 64 << 20

@@ -3,7 +3,8 @@
 
 The record is docs/reliability.json: for each suite the code, the first seed, how many cases are done in a row, and
 what they did. Other code or another first seed begins anew; a commit that changes neither the package nor the suites
-goes on, also on another machine. A case is a seed, so a failure is one number.
+goes on, also on another machine. A case is a seed, so a failure is one number. What is run with changes that are not
+committed shows nothing of a commit: it is kept in build/soak, apart.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from reliability.suite import SkippedError
 from reliability.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[3]
-RECORD = ROOT / "docs" / "reliability.json"
-PAGE = ROOT / "docs" / "reliability.md"
+DOCS, APART = ROOT / "docs", ROOT / "build" / "soak"
 # What a case depends on: the package, and the suites with what they import.
-CODE = ("CMakeLists.txt", "src", "tests", ":!tests/python/test_*", ":!tests/core")
+CODE = (
+    "CMakeLists.txt", "CMakePresets.json", "pyproject.toml", "src", "tests", ":!tests/core", ":!tests/python/test_*",
+)  # fmt: skip
 
 
 INTRODUCTION = """\
 # Reliability
 
 What the storage promises when a process dies, the power goes, a disk is full or damaged, and how often each was
-tried. Written by `scripts/soak`, which goes on where it was stopped; `scripts/soak NAME --seed N` shows a case again.
-Every case compares every row, bit for bit, with an oracle in NumPy that shares no code with the core
-([`tests/python/reliability`](../tests/python/reliability)).
+tried. Written by `scripts/soak`, which goes on where it was stopped; `scripts/soak NAME --seed N` shows a case again
+(of `fuzz`, a file in `build/fuzz/findings`). Every case of the other suites compares every row, bit for bit, with an
+oracle in NumPy that shares no code with the core ([`tests/python/reliability`](../tests/python/reliability)).
 
 | suite | promise | done | failures | commit | seeds |
 |---|---|---|---|---|---|
@@ -67,16 +69,29 @@ def code() -> tuple[str, str]:
     return name + dirty, git("rev-parse", "--short", "HEAD").strip() + dirty
 
 
+def _record() -> Path:
+    return (APART if code()[0].endswith("-dirty") else DOCS) / "reliability.json"
+
+
 def load() -> dict[str, Any]:
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return json.loads(_record().read_text()) if _record().exists() else {}
 
 
 def save(name: str, entry: dict[str, Any]) -> None:
     record = load()  # another entry may be of somebody who runs beside this
     record[name] = entry
-    staged = RECORD.with_suffix(f".{os.getpid()}")
+    path = _record()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(f".{os.getpid()}")
     staged.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    os.replace(staged, RECORD)
+    os.replace(staged, path)
+
+
+def write_page() -> None:
+    """reliability.md, beside the record."""
+    path = _record().with_suffix(".md")
+    path.write_text(page(load()))
+    print(f"written: {path.relative_to(ROOT)}")
 
 
 def work(name: str, todo: Any, results: Any) -> None:
@@ -153,7 +168,6 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
 
 
 def page(record: dict[str, Any]) -> str:
-    """docs/reliability.md."""
     lines = INTRODUCTION.splitlines()
     for name, kind in SUITES.items():
         entry = record.get(name)
@@ -228,8 +242,7 @@ def main() -> int:
         until = time.monotonic() + left / (len(names) - place)
         entry = run(name, round(SUITES[name].full * arguments.scale), arguments.first_seed, arguments.jobs, until)
         failed |= bool(entry["failures"])
-        PAGE.write_text(page(load()))
-    print(f"written: {PAGE.relative_to(ROOT)}, {RECORD.relative_to(ROOT)}")
+    write_page()
     return int(failed)
 
 
