@@ -120,6 +120,8 @@ class DiskFull(ServedSuite):
 
     def _close(self, session: Any, oracle: Oracle, moments: list[Moment] | None) -> None:
         refused = ask(session, trainee.try_to_close)
+        if moments is None:
+            assert refused is None, f"closing raised {refused}, and the log has everything"
         assert refused is None or refused[0] == "StorageError", f"closing raised {refused}"
         if moments is not None:
             moments[:] = [*(moments if refused else []), oracle.moment()]
