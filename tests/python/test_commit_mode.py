@@ -24,6 +24,8 @@ from reliability.mounts import Tmpfs
 from reliability.suite import SkippedError
 from storage_server import ForkServer, Group, Session, fork_server
 
+pytestmark = pytest.mark.core
+
 FILTER = de.CountingBloomFilter(capacity=1000, count=3)
 FILTERED = Group(9, de.SGD(lr=0.5), de.Zeros(), dimension=4, admission=FILTER)
 OPTIONS: dict[str, Any] = {"memory": "16MiB", "threads": 2}

@@ -20,6 +20,8 @@ from comparing import assert_equals_reference
 from damo_embedding import _core
 from reference_filter import AdmittedTable
 
+pytestmark = pytest.mark.core
+
 LATE = 2**40  # ahead of any wall clock
 KEYS = np.arange(-6, 6)
 f32 = np.float32

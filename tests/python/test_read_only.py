@@ -30,6 +30,8 @@ from reliability.suite import Told, ask, expect, hear_the_rest, make_base
 from reliability.workload import SMALL, START, TIGHT, Shape, Workload
 from storage_server import Group, Session, fork_server
 
+pytestmark = pytest.mark.core
+
 f32 = np.float32
 NOW = 2**40
 SMALL_MEMORY: dict[str, Any] = {"memory": "16MiB", "threads": 2}

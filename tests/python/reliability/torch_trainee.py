@@ -128,6 +128,7 @@ def train(served: Served, place: Path, plan: Plan, options: dict[str, Any]) -> d
         else:
             reader.go_to(resumed.reader_state)
         first = resumed.step if resumed else 0
+        storage.now = START + 3_600 * first  # also where no step is left
         served.connection.send(("resumed", first, resumed.operations_set_aside if resumed else 0))
         for step in range(first + 1, plan.steps + 1):
             storage.now = START + 3_600 * step
