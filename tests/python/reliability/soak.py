@@ -54,6 +54,8 @@ LIMITS = """\
   MemoryError.
 - A read error in a table file in the moment in which it is handed to RocksDB: the builds of RocksDB that
   distributions ship end the process then. What was logged is redone at the next open.
+- A flipped bit in the properties of a table file: those builds of RocksDB read them before they look at their checksum,
+  and some bits meet an assertion, which ends the process when the storage is opened. No row is wrong.
 - More than one flipped bit may pass a checksum, with a probability of 2^-32 (rows, tables) or 2^-64 (our own files).
 """
 
