@@ -353,17 +353,22 @@ class StorageMachine(RuleBasedStateMachine):
         self.open()
         self.compare()
 
-    @rule(group=groups, batch=batches(), delay=st.sampled_from([0.0, 0.001, 0.003, 0.01]))
-    def kill_during_an_apply(self, group: int, batch: tuple[int, int, int], delay: float) -> None:
-        """It happened or it did not; half of it never. In mode commit it did not."""
-        keys, gradients = keys_of(group, batch), gradients_of(group, batch)
-        self.session.start("embedding_call", group, "apply_gradients", keys, gradients)
+    def kill_soon(self, delay: float) -> tuple[bool, bool]:
+        """And opens again: whether the call in flight had returned, and whether the mode was commit."""
         time.sleep(delay)
         acknowledged = ("returned", None) in self.session.kill()
         self.session = self.server.session()
         self.go_back()
         in_mode_commit = self.kept is not None
         self.open()
+        return acknowledged, in_mode_commit
+
+    @rule(group=groups, batch=batches(), delay=st.sampled_from([0.0, 0.001, 0.003, 0.01]))
+    def kill_during_an_apply(self, group: int, batch: tuple[int, int, int], delay: float) -> None:
+        """It happened or it did not; half of it never. In mode commit it did not."""
+        keys, gradients = keys_of(group, batch), gradients_of(group, batch)
+        self.session.start("embedding_call", group, "apply_gradients", keys, gradients)
+        acknowledged, in_mode_commit = self.kill_soon(delay)
         if in_mode_commit:  # to before the update, whether it happened or not
             self.compare()
             return
@@ -379,12 +384,7 @@ class StorageMachine(RuleBasedStateMachine):
     def kill_during_a_drop(self, group: int, delay: float) -> None:
         """All of the group is gone, or nothing of it. In mode commit nothing is."""
         self.session.start("storage_call", "drop_group", group)
-        time.sleep(delay)
-        acknowledged = ("returned", None) in self.session.kill()
-        self.session = self.server.session()
-        self.go_back()
-        in_mode_commit = self.kept is not None
-        self.open()
+        acknowledged, in_mode_commit = self.kill_soon(delay)
         if not in_mode_commit and (acknowledged or self.session("numbers")[group] == (0, 0)):
             self.oracle.drop(group, self.now)
         self.compare()
