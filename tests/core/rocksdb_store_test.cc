@@ -36,11 +36,11 @@ std::set<std::string> files_under(const fs::path& directory) {
   return files;
 }
 
-void flip_byte(const fs::path& path, uint64_t offset) {
+void flip_byte(const fs::path& path, uint64_t offset, std::byte bits = std::byte{0x10}) {
   const FileDescriptor file("flip", path, O_RDWR);
   std::byte byte;
   REQUIRE(file.read_at(std::span(&byte, 1), offset) == 1);
-  byte ^= std::byte{0x10};
+  byte ^= bits;
   file.write_at(std::span(&byte, 1), offset);
 }
 
@@ -112,6 +112,27 @@ TEST_CASE("rocksdb store: a damaged table gives CorruptionError, never an absent
   }
   CHECK(noticed >= 25);
   CHECK(open_and_read(path, keys, expected).empty());
+}
+
+TEST_CASE(
+    "rocksdb store: a bit that RocksDB believes before it verifies it is CorruptionError, not the process's end") {
+  TemporaryDirectory directory;
+  const auto path = directory / "store";
+  commit(*open_rocksdb_store(options_for(path)), numbered(0, 500));
+  const fs::path table = tables_in(path).at(0);
+  const std::string bytes = read_file(table, 1 << 20);
+  // The metaindex block follows the properties block's five bytes of trailer, and begins with three lengths.
+  const size_t metaindex = bytes.rfind("partitionedfilter.") - 3;
+  REQUIRE(metaindex < bytes.size());
+  const size_t number_of_restarts = metaindex - 5 - 4;
+  // The top bit says that a hash index of the keys precedes the number.
+  flip_byte(table, number_of_restarts + 3, std::byte{0x80});
+  CHECK_THROWS_AS(open_rocksdb_store(options_for(path)), CorruptionError);
+  StoreOptions read_only = options_for(path);
+  read_only.read_only = true;
+  CHECK_THROWS_AS(open_rocksdb_store(read_only), CorruptionError);
+  flip_byte(table, number_of_restarts + 3, std::byte{0x80});
+  CHECK(read(*open_rocksdb_store(options_for(path)), sorted_keys(0, 500)).size() == 500);
 }
 
 TEST_CASE("rocksdb store: a table cut short, emptied or missing is CorruptionError at open") {

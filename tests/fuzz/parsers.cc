@@ -25,7 +25,9 @@
 #include "manifest.h"
 #include "presence_filter.h"
 #include "saved_filter.h"
+#include "store.h"
 #include "stores/commit_mark.h"
+#include "stores/table_tail.h"
 
 namespace damo {
 namespace {
@@ -345,6 +347,35 @@ Parser current_parser() {
           }};
 }
 
+Parser table_tail_parser() {
+  const ScratchDirectory scratch;
+  StoreOptions options;
+  options.directory = scratch.path() / "store";
+  {
+    const auto store = open_rocksdb_store(options);
+    const auto writer = store->begin_write();
+    writer->put(kKey, bytes_of(std::string(100, 'v')));
+    writer->commit();
+  }
+  std::string table;
+  for (const auto& entry : std::filesystem::directory_iterator(options.directory))
+    if (entry.path().extension() == ".sst") table = read_file(entry.path(), 1 << 20);
+  // The metaindex block begins with three lengths and this name, and ends before its trailer and the footer.
+  const auto repair = [](std::string& text) {
+    const size_t name = text.rfind("partitionedfilter.");
+    if (name == text.npos || name < 3 || text.size() < name + 58) return;
+    const size_t end = text.size() - 53 - 5;
+    const auto checksum = static_cast<uint32_t>(checksum64(bytes_of(text).subspan(name - 3, end - (name - 3))));
+    std::memcpy(text.data() + end + 1, &checksum, sizeof checksum);
+  };
+  return {"table-tail", {table}, repair, [](Bytes bytes) {
+            check_table_tail("table", bytes.size(), [&](uint64_t offset, size_t size, std::string& into) {
+              const Bytes part = bytes.subspan(std::min<uint64_t>(offset, bytes.size()));
+              into.assign(reinterpret_cast<const char*>(part.data()), std::min(size, part.size()));
+            });
+          }};
+}
+
 // ----------------------------------------------------------------- filters
 
 const FilterSettings kFilter{.capacity = 500, .count = 3, .fpr = 0.01, .halve_every = 400};
@@ -415,7 +446,7 @@ Parser filter_file_parser() {
 std::vector<Parser> parsers() {
   return {row_parser(),        record_parser(),       segment_parser(),     manifest_parser(),
           checkpoint_parser(), counters_parser(),     commit_mark_parser(), presence_parser(),
-          current_parser(),    saved_filter_parser(), filter_file_parser()};
+          current_parser(),    saved_filter_parser(), filter_file_parser(), table_tail_parser()};
 }
 
 }  // namespace damo

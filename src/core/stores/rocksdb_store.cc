@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The cold tier on RocksDB: the only file that includes rocksdb/.
+// The cold tier on RocksDB: only this file and rocksdb_files.cc, its view of the file system, include rocksdb/.
 //
 // Nothing ever passes through RocksDB's memtable or write-ahead log. A writer
 // streams its sorted entries into table files of its own
@@ -58,6 +58,7 @@
 #include "commit_mark.h"
 #include "forked_exit.h"
 #include "read_pool.h"
+#include "rocksdb_files.h"
 
 namespace damo {
 namespace {
@@ -159,144 +160,6 @@ class WriteState final : public rocksdb::EventListener {
   uint64_t compactions_ = 0;
   bool stopping_ = false;
 };
-
-// RocksDB takes the tables of an ingestion away again when its manifest could not be written or synced. But the record
-// of them may have reached the manifest all the same, and then the next open would miss them. So after the first such
-// failure no table is deleted any more; the next open removes those that the manifest does not know.
-//
-// And the names in a directory may become another store's, when somebody removes it and makes a new one there.
-// Compactions, and the close, which removes what it does not know, then leave them alone (Store::forsake).
-class TableKeeper final : public rocksdb::FileSystemWrapper {
- public:
-  using Flag = std::shared_ptr<std::atomic<bool>>;
-
-  TableKeeper(const std::shared_ptr<rocksdb::FileSystem>& system, Flag forsaken)
-      : FileSystemWrapper(system), forsaken_(std::move(forsaken)) {}
-
-  const char* Name() const override { return "damo.TableKeeper"; }
-  rocksdb::IOStatus NewWritableFile(const std::string& path, const rocksdb::FileOptions& options,
-                                    std::unique_ptr<rocksdb::FSWritableFile>* file,
-                                    rocksdb::IODebugContext* debug) override {
-    if (*forsaken_) return refused(path);
-    rocksdb::IOStatus status = target()->NewWritableFile(path, options, file, debug);
-    if (status.ok() && fs::path(path).filename().string().starts_with("MANIFEST-"))
-      *file = std::make_unique<ManifestFile>(std::move(*file), uncertain_);
-    return status;
-  }
-  rocksdb::IOStatus DeleteFile(const std::string& path, const rocksdb::IOOptions& options,
-                               rocksdb::IODebugContext* debug) override {
-    if (*forsaken_ || (*uncertain_ && path.ends_with(".sst"))) return rocksdb::IOStatus::OK();
-    return target()->DeleteFile(path, options, debug);
-  }
-  rocksdb::IOStatus RenameFile(const std::string& from, const std::string& to, const rocksdb::IOOptions& options,
-                               rocksdb::IODebugContext* debug) override {
-    return *forsaken_ ? refused(to) : target()->RenameFile(from, to, options, debug);
-  }
-  rocksdb::IOStatus LinkFile(const std::string& from, const std::string& to, const rocksdb::IOOptions& options,
-                             rocksdb::IODebugContext* debug) override {
-    return *forsaken_ ? refused(to) : target()->LinkFile(from, to, options, debug);
-  }
-
- private:
-  static rocksdb::IOStatus refused(const std::string& path) {
-    return rocksdb::IOStatus::IOError(path, "the directory was removed or replaced");
-  }
-
-  class ManifestFile final : public rocksdb::FSWritableFileOwnerWrapper {
-   public:
-    ManifestFile(std::unique_ptr<rocksdb::FSWritableFile>&& file, Flag uncertain)
-        : FSWritableFileOwnerWrapper(std::move(file)), uncertain_(std::move(uncertain)) {}
-
-    rocksdb::IOStatus Append(const rocksdb::Slice& data, const rocksdb::IOOptions& options,
-                             rocksdb::IODebugContext* debug) override {
-      return noted(target()->Append(data, options, debug));
-    }
-    rocksdb::IOStatus Append(const rocksdb::Slice& data, const rocksdb::IOOptions& options,
-                             const rocksdb::DataVerificationInfo& verification,
-                             rocksdb::IODebugContext* debug) override {
-      return noted(target()->Append(data, options, verification, debug));
-    }
-    rocksdb::IOStatus Flush(const rocksdb::IOOptions& options, rocksdb::IODebugContext* debug) override {
-      return noted(target()->Flush(options, debug));
-    }
-    rocksdb::IOStatus Sync(const rocksdb::IOOptions& options, rocksdb::IODebugContext* debug) override {
-      return noted(target()->Sync(options, debug));
-    }
-    rocksdb::IOStatus Fsync(const rocksdb::IOOptions& options, rocksdb::IODebugContext* debug) override {
-      return noted(target()->Fsync(options, debug));
-    }
-    rocksdb::IOStatus Close(const rocksdb::IOOptions& options, rocksdb::IODebugContext* debug) override {
-      return noted(target()->Close(options, debug));
-    }
-
-   private:
-    rocksdb::IOStatus noted(rocksdb::IOStatus status) const {
-      if (!status.ok()) *uncertain_ = true;
-      return status;
-    }
-    const Flag uncertain_;
-  };
-
-  const Flag forsaken_, uncertain_ = std::make_shared<std::atomic<bool>>(false);
-};
-
-// The file system of a store that is opened to be read: whatever this or another version of RocksDB may think of, no
-// file and no directory is made, changed or removed.
-class ReadOnlyFiles final : public rocksdb::FileSystemWrapper {
- public:
-  explicit ReadOnlyFiles(const std::shared_ptr<rocksdb::FileSystem>& system) : FileSystemWrapper(system) {}
-
-  using Options = rocksdb::IOOptions;
-  using Debug = rocksdb::IODebugContext;
-  using Status = rocksdb::IOStatus;
-
-  const char* Name() const override { return "damo.ReadOnlyFiles"; }
-  Status NewWritableFile(const std::string& path, const rocksdb::FileOptions&,
-                         std::unique_ptr<rocksdb::FSWritableFile>*, Debug*) override {
-    return refused(path);
-  }
-  Status ReopenWritableFile(const std::string& path, const rocksdb::FileOptions&,
-                            std::unique_ptr<rocksdb::FSWritableFile>*, Debug*) override {
-    return refused(path);
-  }
-  Status ReuseWritableFile(const std::string& path, const std::string&, const rocksdb::FileOptions&,
-                           std::unique_ptr<rocksdb::FSWritableFile>*, Debug*) override {
-    return refused(path);
-  }
-  Status NewRandomRWFile(const std::string& path, const rocksdb::FileOptions&,
-                         std::unique_ptr<rocksdb::FSRandomRWFile>*, Debug*) override {
-    return refused(path);
-  }
-  Status NewMemoryMappedFileBuffer(const std::string& path,
-                                   std::unique_ptr<rocksdb::MemoryMappedFileBuffer>*) override {
-    return refused(path);
-  }
-  Status DeleteFile(const std::string& path, const Options&, Debug*) override { return refused(path); }
-  Status Truncate(const std::string& path, size_t, const Options&, Debug*) override { return refused(path); }
-  Status CreateDir(const std::string& path, const Options&, Debug*) override { return refused(path); }
-  Status CreateDirIfMissing(const std::string& path, const Options&, Debug*) override { return refused(path); }
-  Status DeleteDir(const std::string& path, const Options&, Debug*) override { return refused(path); }
-  Status RenameFile(const std::string& path, const std::string&, const Options&, Debug*) override {
-    return refused(path);
-  }
-  Status LinkFile(const std::string& path, const std::string&, const Options&, Debug*) override {
-    return refused(path);
-  }
-  Status LockFile(const std::string& path, const Options&, rocksdb::FileLock**, Debug*) override {
-    return refused(path);
-  }
-  Status NewLogger(const std::string& path, const Options&, std::shared_ptr<rocksdb::Logger>*, Debug*) override {
-    return refused(path);
-  }
-
- private:
-  static Status refused(const std::string& path) { return Status::IOError(path, "the store is open read-only"); }
-};
-
-std::shared_ptr<rocksdb::FileSystem> file_system_for(const StoreOptions& settings, const TableKeeper::Flag& forsaken) {
-  if (settings.read_only) return std::make_shared<ReadOnlyFiles>(rocksdb::FileSystem::Default());
-  return std::make_shared<TableKeeper>(rocksdb::FileSystem::Default(), forsaken);
-}
 
 // The cache's blocks, so that its size is the memory it takes.
 class CacheAllocator final : public rocksdb::MemoryAllocator {
@@ -411,7 +274,8 @@ rocksdb::Options make_options(const StoreOptions& settings, std::shared_ptr<Writ
   table.filter_policy.reset(rocksdb::NewBloomFilterPolicy(10));
   table.whole_key_filtering = true;
   table.block_size = 4096;
-  table.format_version = 5;
+  table.format_version = 5;  // these two are what table_tail.cc reads
+  table.checksum = rocksdb::kXXH3;
   const auto charge = [&](rocksdb::CacheEntryRole role) {
     table.cache_usage_options.options_overrides[role].charged = rocksdb::CacheEntryRoleOptions::Decision::kEnabled;
   };
@@ -472,7 +336,7 @@ struct Engine {
   Engine(const StoreOptions& settings)
       : settings(settings),
         write_state(std::make_shared<WriteState>(settings.directory)),
-        environment(rocksdb::NewCompositeEnv(file_system_for(settings, forsaken))),
+        environment(rocksdb::NewCompositeEnv(rocksdb_files(settings.read_only, forsaken))),
         options(make_options(settings, write_state)),
         pool(static_cast<size_t>(std::max(settings.read_threads, 1))) {
     options.compaction_filter_factory = disposal;
@@ -497,7 +361,7 @@ struct Engine {
   const StoreOptions settings;
   const std::shared_ptr<WriteState> write_state;
   const std::shared_ptr<Disposal> disposal = std::make_shared<Disposal>();
-  const TableKeeper::Flag forsaken = std::make_shared<std::atomic<bool>>(false);
+  const std::shared_ptr<std::atomic<bool>> forsaken = std::make_shared<std::atomic<bool>>(false);
   const std::unique_ptr<rocksdb::Env> environment;  // outlives the database
   rocksdb::Options options;                         // holds the block cache; emptied by close()
 
