@@ -759,7 +759,10 @@ void Tiers::cut([[maybe_unused]] std::unique_lock<std::mutex> write, std::unique
   end(true);
   ++counters_.cuts;
   counters_.cut_rows += list.size();
-  if (planted("evictions before the cut is closed")) write.unlock();
+  if (planted("evictions before the cut is closed")) {
+    write.unlock();
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));  // so that there are some
+  }
   closed();
 }
 

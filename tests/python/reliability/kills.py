@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,10 +15,12 @@ from reliability import faults, trainee
 from reliability.oracle import Found, Moment, Operation, Oracle
 from reliability.suite import (
     DiedError,
+    Expected,
     Kept,
     ServedSuite,
     ask,
     check_kept,
+    check_made_beside,
     expect,
     hear_the_rest,
     kept,
@@ -55,7 +58,7 @@ class Victim:
     def __init__(self, suite: Kills, seed: int, directory: Path) -> None:
         self.suite = suite
         self.random = np.random.default_rng([seed, 1])
-        self.shape: Shape = draw_shape(self.random)
+        self.shape: Shape = draw_shape(self.random, large=0.02)
         self.workload = Workload([seed, 2], self.shape)
         self.base = make_base(directory / "base")
         self.epitaph = directory / "epitaph"
@@ -64,6 +67,7 @@ class Victim:
         self.groups: set[int] = set()  # that must exist
         self.moments: list[Moment] | None = None  # of a process in mode commit: one of these, instead of all that
         self.kept: list[Kept] = []
+        self.expected = Expected(0, START)  # of the last training
 
     def live(self) -> None:
         for number in range(ROUNDS):
@@ -91,9 +95,20 @@ class Victim:
             if check_kept(self.suite.server, what, self.shape, self.options(), self.oracle):
                 self.suite.done["checkpoints and dumps compared"] += 1
         self.kept = []
+        self.check_beside()
         self.oracle = self.oracle.from_here(found.sequence)
         self.low = self.high = found.sequence
         self.groups, self.moments = set(found.groups), None
+
+    def check_beside(self) -> None:
+        """Two of those that another thread made, as they came in between the operations."""
+        directory = self.base / "beside"
+        made = sorted(directory.glob("*"))
+        for place in self.random.permutation(len(made))[:2]:
+            options = self.options()
+            if check_made_beside(self.suite.server, made[place], self.shape, options, self.oracle, self.expected):
+                self.suite.done["made beside a training, compared"] += 1
+        shutil.rmtree(directory, ignore_errors=True)
 
     def start_and_die(self, operations: list[Operation]) -> None:
         session = self.suite.server.session()
@@ -118,7 +133,7 @@ class Victim:
             session.kill()
             raise
         before = self.oracle.moment(found.groups)
-        beside = str(self.random.choice(["", "", "scan", "lookup", "prefetch"]))
+        beside = str(self.random.choice(trainee.BESIDE))
         with suppress(BrokenPipeError):  # a thread of the storage has come by the point before it was asked
             session.start("call", trainee.train, operations, self.oracle.now, beside)
         # At a point, the end of the operations kills those that never came by it.
@@ -133,7 +148,7 @@ class Victim:
             self.suite.done["kills"] += 1
         hear_the_rest(told, session)
         assert not told.raised, f"{told.raised}"
-        expected = expect(self.oracle, operations[: told.issued + 1], told)
+        expected = self.expected = expect(self.oracle, operations[: told.issued + 1], told)
         self.low, self.high = expected.sequence(told.done), expected.sequence(told.issued)
         if options["durability"] == "commit":
             self.moments = expected.moments(self.oracle, operations, told.done, told.issued, before)

@@ -247,6 +247,12 @@ class Oracle:
                 found[group].append((key, version[1]))
         return {group: self._as_arrays(group, sorted(rows, key=lambda row: row[0])) for group, rows in found.items()}
 
+    def keys_at(self, group: int, sequence: int, clock: int) -> list[int]:
+        """Of the rows of a group, in order; a part of rows_at() that costs little."""
+        return sorted(
+            key for table, key in self._versions if table == group and self._version(group, key, sequence, clock)
+        )
+
     def _as_arrays(self, group: int, rows: list[tuple[int, ReferenceRow]]) -> Rows:
         dimension, entries = self.tables[group].dimension, self.tables[group].optimizer.entries
         none = np.empty((0, dimension), np.float32)

@@ -143,7 +143,9 @@ class Expected:
     """The oracle after operations, and what each of them made."""
 
     sequence_before: int
+    time_before: int
     sequences: list[int] = field(default_factory=list)  # after each operation
+    times: list[int] = field(default_factory=list)  # after each operation, what it is for who reads
     checkpoints: dict[int, int] = field(default_factory=dict)  # number -> sequence number
     dumps: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # number -> group, sequence number, clock
     places: dict[int, int] = field(default_factory=dict)  # of checkpoints and dumps, by number
@@ -178,11 +180,12 @@ class Expected:
 
 def expect(oracle: Oracle, operations: list[Operation], told: Told | None = None) -> Expected:
     """Does the operations in the oracle, and compares the answers of those that were done."""
-    expected = Expected(oracle.sequence)
+    expected = Expected(oracle.sequence, oracle.now)
     for place, operation in enumerate(operations):
         before = oracle.sequence
         answer = oracle.perform(operation)
         expected.sequences.append(oracle.sequence)
+        expected.times.append(oracle.now)
         if operation.group >= 0:
             expected.opened.setdefault(operation.group, place)
         # A group is saved by the first operation after its opening that writes a record, or that reads one moment.
@@ -247,27 +250,66 @@ def check_kept(server: ForkServer, what: Kept, shape: Shape, options: dict[str, 
     if what.group >= 0:
         _check_dump(what, oracle)
     else:
-        _check_checkpoint(server, what, shape, options, oracle)
+        _check_checkpoint(server, what.path, shape, options, oracle, what.sequence, what.sequence)
     return True
 
 
-def _check_dump(what: Kept, oracle: Oracle) -> None:
-    keys, weights = de.read_dump(what.path).get(what.group, (np.empty(0, np.uint64), np.empty(0, np.float32)))
-    expected = oracle.rows_at(what.sequence, max(what.clock, oracle.numbers_at(what.sequence).clock))[what.group]
+def check_made_beside(
+    server: ForkServer, path: Path, shape: Shape, options: dict[str, Any], oracle: Oracle, expected: Expected
+) -> bool:
+    """Of what a second thread made during the operations: whether it is there; of one moment between them then."""
+    if path.suffix == ".bin":
+        _check_dump_beside(path, oracle, expected)
+    elif path.name.isdecimal():
+        _check_checkpoint(server, path, shape, options, oracle, expected.sequence_before, oracle.sequence)
+    else:
+        return False  # the process died before it was whole, or while it was removed
+    return True
+
+
+def _read_dump(path: Path, group: int) -> tuple[Any, Any]:
+    keys, weights = de.read_dump(path).get(group, (np.empty(0, np.uint64), np.empty(0, np.float32)))
     order = np.argsort(keys)
-    assert np.array_equal(keys[order], expected.keys), f"{what.path} has other keys than after {what.sequence}"
-    assert weights[order].tobytes() == expected.weights.tobytes(), f"{what.path} has other weights"
+    return keys[order], weights[order]
 
 
-def _check_checkpoint(server: ForkServer, what: Kept, shape: Shape, options: dict[str, Any], oracle: Oracle) -> None:
-    """Restores it into a directory of its own."""
+def _check_dump(what: Kept, oracle: Oracle) -> None:
+    keys, weights = _read_dump(what.path, what.group)
+    expected = oracle.rows_at(what.sequence, max(what.clock, oracle.numbers_at(what.sequence).clock))[what.group]
+    assert np.array_equal(keys, expected.keys), f"{what.path} has other keys than after {what.sequence}"
+    assert weights.tobytes() == expected.weights.tobytes(), f"{what.path} has other weights"
+
+
+def _check_dump_beside(path: Path, oracle: Oracle, expected: Expected) -> None:
+    group = int(path.name.split("-")[0])
+    keys, weights = _read_dump(path, group)
+    with_these_keys = 0
+    sequences, times = [expected.sequence_before, *expected.sequences], [expected.time_before, *expected.times]
+    for sequence, time in dict.fromkeys(zip(sequences, times, strict=True)):
+        clock = max(time, oracle.numbers_at(sequence).clock)
+        if oracle.keys_at(group, sequence, clock) != keys.tolist():
+            continue
+        with_these_keys += 1
+        if weights.tobytes() == oracle.rows_at(sequence, clock)[group].weights.tobytes():
+            return
+    raise AssertionError(
+        f"{path} is of no moment from {sequences[0]} to {sequences[-1]}: {with_these_keys} have its {len(keys)} keys, "
+        "none its weights"
+    )
+
+
+def _check_checkpoint(
+    server: ForkServer, path: Path, shape: Shape, options: dict[str, Any], oracle: Oracle, low: int, high: int
+) -> None:
+    """Restores it into a directory of its own. `low`, `high`: the sequence number that it may have."""
     with scratch() as directory:
         session = server.session()
         try:
-            found = ask(session, trainee.recover, make_base(directory / "restored"), shape.name, options, what.path)
+            found = ask(session, trainee.recover, make_base(directory / "restored"), shape.name, options, path)
         finally:
             session.kill()
     # A restored storage gives the checkpoint's step as its last commit.
-    assert found.numbers.last_commit == (int(what.path.name), b"")
-    found.numbers = replace(found.numbers, last_commit=oracle.numbers_at(what.sequence).last_commit)
-    oracle.compare(found, what.sequence, what.sequence)
+    assert found.numbers.last_commit == (int(path.name), b"")
+    if low <= found.sequence <= high:
+        found.numbers = replace(found.numbers, last_commit=oracle.numbers_at(found.sequence).last_commit)
+    oracle.compare(found, low, high)

@@ -8,6 +8,7 @@ directory: base/table.damo, base/checkpoints, base/dumps.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
 import time
@@ -308,7 +309,7 @@ def train(
 ) -> None:
     """Does the operations, and says before and after each which one it is; an error ends it unless `after_errors`.
 
-    `beside`: what another thread does meanwhile.
+    `beside`: what another thread does meanwhile, one of BESIDE.
     """
     trainee, faults = trainee_of(served), faults_of(served)
     trainee.now = now
@@ -344,13 +345,20 @@ def train(
         raise trouble[0]
 
 
+# From a second thread: verbs that change nothing, checkpoints and dumps. Mostly there is no second thread.
+BESIDE = ("", "", "scan", "lookup", "prefetch", "checkpoint", "dump")
+
+
 def _beside(trainee: Trainee, what: str, stop: threading.Event, trouble: list[BaseException]) -> None:
-    """Verbs that change nothing, from a second thread."""
     keys = np.arange(-50, 50)
+    made = itertools.count()
+    (trainee.base / "beside").mkdir(exist_ok=True)
     actions: dict[str, Callable[[de.Embedding], Iterable[Any]]] = {
         "scan": lambda embedding: embedding.scan(512),
         "lookup": lambda embedding: embedding.lookup(keys, insert=False),
         "prefetch": lambda embedding: (embedding.prefetch(keys), embedding.contains(keys)),
+        "checkpoint": lambda _: _checkpoint_beside(trainee, next(made)),
+        "dump": lambda embedding: _dump_beside(trainee, embedding, next(made)),
     }
     try:
         while not stop.is_set():
@@ -361,6 +369,18 @@ def _beside(trainee: Trainee, what: str, stop: threading.Event, trouble: list[Ba
         pass  # it is being reopened
     except BaseException as error:
         trouble.append(error)
+
+
+def _checkpoint_beside(trainee: Trainee, number: int) -> tuple[()]:
+    trainee.storage.checkpoint(trainee.base / "beside" / str(number), step=number, keep=2)
+    return ()
+
+
+def _dump_beside(trainee: Trainee, embedding: de.Embedding, number: int) -> tuple[()]:
+    """It waits when it has its moment, so that much happens before that is written."""
+    path = trainee.base / "beside" / f"{embedding.group}-{number % 8}.bin"
+    trainee.storage.dump(path, group=embedding.group, progress=lambda *_: time.sleep(0.01))
+    return ()
 
 
 def close(served: Served) -> None:

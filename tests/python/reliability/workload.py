@@ -25,6 +25,7 @@ class Shape:
     pool: int  # keys of a group
     batch: int  # keys of a call, at most
     log_bytes: tuple[str, ...]
+    memory: tuple[str, ...] = ("16MiB", "16MiB", "20MiB")
 
     @property
     def first_groups(self) -> tuple[Group, ...]:
@@ -81,17 +82,30 @@ TIGHT = Shape(
     batch=90,
     log_bytes=("1MiB", "4MiB"),
 )
-SHAPES = {shape.name: shape for shape in (SMALL, TIGHT)}
+# Rows of 64 KB that all change between two cuts: a cut fills more than one of RocksDB's table files.
+LARGE = Shape(
+    "large",
+    (
+        Group(0, de.SGD(lr=0.1), de.Uniform(-1.0, 1.0), dimension=16_000, seed=1),
+        Group(255, de.SGD(lr=0.1), de.Zeros(), dimension=16_000, seed=4),
+    ),
+    pool=1_100,
+    batch=10,
+    log_bytes=("256MiB",),
+    memory=("192MiB",),
+)
+SHAPES = {shape.name: shape for shape in (SMALL, TIGHT, LARGE)}
 
 
-def draw_shape(random: np.random.Generator, tight: float = 0.2) -> Shape:
-    return TIGHT if random.random() < tight else SMALL
+def draw_shape(random: np.random.Generator, tight: float = 0.2, large: float = 0.0) -> Shape:
+    drawn = random.random()
+    return TIGHT if drawn < tight else LARGE if drawn >= 1 - large else SMALL
 
 
 def draw_options(random: np.random.Generator, shape: Shape) -> dict[str, Any]:
     """Options of one opening. Nothing that is stored depends on them."""
     return {
-        "memory": str(random.choice(["16MiB", "16MiB", "20MiB"])),
+        "memory": str(random.choice(shape.memory)),
         "threads": int(random.integers(1, 4)),
         "log_bytes": str(random.choice(shape.log_bytes)),
         "durability": str(random.choice(DURABILITIES)),
@@ -118,8 +132,8 @@ class Workload:
         self._open = list(shape.first_groups)
 
     def fill(self) -> list[Operation]:
-        """More rows than memory holds, for the shape that is about that."""
-        if self.shape is not TIGHT:
+        """A row for each key, for the shapes that are about many bytes."""
+        if self.shape is SMALL:
             return []
         step = 3 * self.shape.batch
         return [
