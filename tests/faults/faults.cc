@@ -6,8 +6,9 @@
 // tests/python/reliability/faults.py builds and drives both.
 //
 //   points   every call that is visited has a kind ("write", "sync", ...) and the class of its file ("log", "sst", ...)
-//   journal  creations, writes, truncations, renames, links, removals, syncs and marks of the test, in the order in
-//            which they happened: reliability/journal.py makes of it what a power loss could have left
+//   journal  creations, writes, truncations, renames, links, removals, syncs (those that failed, too) and marks of the
+//            test, in the order in which they happened: reliability/journal.py makes of it what a power loss could have
+//            left
 //
 // A kill here is kill -9 of the process itself, so the page cache keeps what was written. Memory is refused to the
 // thread that armed it only, and not inside RocksDB, which has no answer to that.
@@ -342,9 +343,11 @@ int sync_file(int fd, long number) {
   return on_file(
       fd, [&] { return static_cast<int>(::syscall(number, fd)); },
       [&](const OpenFile& file) {
-        return pass(
+        const long result = pass(
             kSync, file.path, [&](bool) { return ::syscall(number, fd); },
             [&](long) { note(file.directory ? 'Y' : 'S', {file.handle}, {file.path}); });
+        if (result < 0 && !file.directory) note('F', {file.handle}, {});
+        return result;
       });
 }
 

@@ -5,7 +5,8 @@ The model is that of POSIX, with what the file systems of Linux keep in addition
 fdatasync covered, and of what was written since any part: each page of 4 KiB as it was after any of its writes. A
 directory has the names of its last fsync, and of what changed since a first part: changes of one directory are not
 reordered. A file that was never synced may be empty, have holes, or be gone; a rename may be missing although the
-renamed file was synced.
+renamed file was synced. After a sync that failed, what it should have covered counts as written to the system, which
+will not write it again: another sync that succeeds leaves it out.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _FORM = {
     "T": (2, 0),  # truncate: handle, length
     "A": (2, 0),  # allocate: handle, end
     "S": (1, 1),  # sync of a file: handle; path
+    "F": (1, 0),  # sync of a file that failed: handle
     "Y": (1, 1),  # sync of a directory: handle; path
     "R": (0, 2),  # rename: from, to
     "L": (0, 2),  # link: from, to
@@ -72,6 +74,34 @@ class File:
     synced: bytearray = field(default_factory=bytearray)
     # What came since: (time, offset, bytes), or (time, length, None) for a change of the length.
     pending: list[tuple[int, int, bytes | memoryview | None]] = field(default_factory=list)
+    given_up: int = 0  # of the first of them: a sync failed
+    live: bytearray | None = None  # as processes see it; None: all of the above
+
+    def change(self, time: int, offset: int, data: bytes | memoryview | None) -> None:
+        self.pending.append((time, offset, data))
+        if self.live is not None:
+            _apply(self.live, offset, data)
+
+    def sync(self) -> None:
+        for _, offset, data in self.pending[self.given_up :]:
+            _apply(self.synced, offset, data)
+        self.pending.clear()
+        self.given_up = 0
+
+    def fail_to_sync(self) -> None:
+        if self.live is None:
+            self.live = bytearray(self.synced)
+            for _, offset, data in self.pending:
+                _apply(self.live, offset, data)
+        self.given_up = len(self.pending)
+
+    def length(self) -> int:
+        if self.live is not None:
+            return len(self.live)
+        length = len(self.synced)
+        for _, offset, data in self.pending:
+            length = offset if data is None else max(length, offset + len(data))
+        return length
 
 
 @dataclass(eq=False)
@@ -150,19 +180,17 @@ class Disk:
             case "O":
                 self._open(event.numbers[0], event.numbers[1], bytes(event.texts[0]).decode())
             case "W":
-                self._pending(event.numbers[0]).append((self.time, event.numbers[1], event.texts[0]))
+                self._file(event).change(self.time, event.numbers[1], event.texts[0])
             case "T":
-                self._pending(event.numbers[0]).append((self.time, event.numbers[1], None))
+                self._file(event).change(self.time, event.numbers[1], None)
             case "A":
-                pending, end = self._pending(event.numbers[0]), event.numbers[1]
-                if end > self._length(self._handles[event.numbers[0]]):
-                    pending.append((self.time, end, None))
+                file = self._file(event)
+                if event.numbers[1] > file.length():
+                    file.change(self.time, event.numbers[1], None)
             case "S":
-                node = self._handles[event.numbers[0]]
-                assert isinstance(node, File)
-                for _, offset, data in node.pending:
-                    _apply(node.synced, offset, data)
-                node.pending.clear()
+                self._file(event).sync()
+            case "F":
+                self._file(event).fail_to_sync()
             case "Y":
                 directory = self._handles[event.numbers[0]]
                 assert isinstance(directory, Directory)
@@ -173,17 +201,10 @@ class Disk:
             case _:
                 self._rename_and_such(event)
 
-    def _pending(self, handle: int) -> list[tuple[int, int, bytes | memoryview | None]]:
-        node = self._handles[handle]
+    def _file(self, event: Event) -> File:
+        node = self._handles[event.numbers[0]]
         assert isinstance(node, File)
-        return node.pending
-
-    def _length(self, node: Node) -> int:
-        assert isinstance(node, File)
-        length = len(node.synced)
-        for _, offset, data in node.pending:
-            length = offset if data is None else max(length, offset + len(data))
-        return length
+        return node
 
     def _open(self, handle: int, flags: int, path: str) -> None:
         node = self._find(path)
@@ -195,7 +216,7 @@ class Disk:
                 self._change(parent, {name: node})
         elif flags & _TRUNCATE:
             assert isinstance(node, File)
-            node.pending.append((self.time, 0, None))
+            node.change(self.time, 0, None)
         self._handles[handle] = node
 
     def _rename_and_such(self, event: Event) -> None:
@@ -269,6 +290,8 @@ class Loss:
 
     def content(self, file: File) -> bytearray:
         count = len(file.pending)
+        if self.kind == "nothing" and file.live is not None:
+            return file.live
         if self.kind != "anything" or count == 0 or self.random.random() < 0.5:
             content = bytearray(file.synced)
             for _, offset, data in file.pending[: self._kept((time for time, _, _ in file.pending), count)]:

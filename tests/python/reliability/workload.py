@@ -82,14 +82,14 @@ TIGHT = Shape(
     batch=90,
     log_bytes=("1MiB", "4MiB"),
 )
-# Rows of 64 KB that all change between two cuts: a cut fills more than one of RocksDB's table files.
+# Rows of 48 KB that all change between two cuts: a cut fills more than one of RocksDB's table files.
 LARGE = Shape(
     "large",
     (
-        Group(0, de.SGD(lr=0.1), de.Uniform(-1.0, 1.0), dimension=16_000, seed=1),
-        Group(255, de.SGD(lr=0.1), de.Zeros(), dimension=16_000, seed=4),
+        Group(0, de.Adam(lr=0.1), de.Uniform(-1.0, 1.0), dimension=4_096, seed=1),
+        Group(255, de.SGD(lr=0.1), de.Zeros(), dimension=4_096, seed=4),
     ),
-    pool=1_100,
+    pool=1_450,
     batch=10,
     log_bytes=("256MiB",),
     memory=("192MiB",),
@@ -145,8 +145,13 @@ class Workload:
     def draw(self, count: int, without: tuple[str, ...] = ()) -> list[Operation]:
         verbs = [verb for verb in _VERBS if verb not in without]
         weights = np.array([_VERBS[verb] for verb in verbs], np.float64)
-        chosen = self.random.choice(len(verbs), count, p=weights / weights.sum())
-        return [self._draw(verbs[which]) for which in chosen]
+        chosen = [verbs[which] for which in self.random.choice(len(verbs), count, p=weights / weights.sum())]
+        # The first to confirm a new time: records of their own, that say nothing else.
+        confirm = [verb for verb in ("expire", "compact") if verb in verbs]
+        for place in range(1, count):
+            if confirm and chosen[place - 1] == "set_now" and self.random.random() < 0.4:
+                chosen[place] = str(self.random.choice(confirm))
+        return [self._draw(verb) for verb in chosen]
 
     def _keys(self, group: Group, most: int) -> np.ndarray:
         """From few keys or all of them, so that some repeat and some are cold."""
