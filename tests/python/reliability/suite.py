@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -285,7 +286,11 @@ def _check_dump_beside(path: Path, oracle: Oracle, expected: Expected) -> None:
     keys, weights = _read_dump(path, group)
     with_these_keys = 0
     sequences, times = [expected.sequence_before, *expected.sequences], [expected.time_before, *expected.times]
+    until = path.with_suffix(".until")
+    last, latest = json.loads(until.read_text()) if until.exists() else (sequences[-1], times[-1])
     for sequence, time in dict.fromkeys(zip(sequences, times, strict=True)):
+        if sequence > last or time > latest:
+            break
         clock = max(time, oracle.numbers_at(sequence).clock)
         if oracle.keys_at(group, sequence, clock) != keys.tolist():
             continue
@@ -293,7 +298,7 @@ def _check_dump_beside(path: Path, oracle: Oracle, expected: Expected) -> None:
         if weights.tobytes() == oracle.rows_at(sequence, clock)[group].weights.tobytes():
             return
     raise AssertionError(
-        f"{path} is of no moment from {sequences[0]} to {sequences[-1]}: {with_these_keys} have its {len(keys)} keys, "
+        f"{path} is of no moment from {sequences[0]} to {last}: {with_these_keys} have its {len(keys)} keys, "
         "none its weights"
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import threading
 import time
@@ -377,9 +378,18 @@ def _checkpoint_beside(trainee: Trainee, number: int) -> tuple[()]:
 
 
 def _dump_beside(trainee: Trainee, embedding: de.Embedding, number: int) -> tuple[()]:
-    """It waits when it has its moment, so that much happens before that is written."""
-    path = trainee.base / "beside" / f"{embedding.group}-{number % 8}.bin"
-    trainee.storage.dump(path, group=embedding.group, progress=lambda *_: time.sleep(0.01))
+    """It waits when it has its moment, so that much happens before that is written; beside it is what came before."""
+    path = trainee.base / "beside" / f"{embedding.group}-{number % 16}.bin"
+    path.with_suffix(".until").unlink(missing_ok=True)  # of one that had this name
+    until: list[int] = []
+
+    def wait(done: int, total: int) -> None:
+        del done, total
+        until[:] = until or [int(trainee.storage.stats()["sequence"]), trainee.now]
+        time.sleep(0.01)
+
+    trainee.storage.dump(path, group=embedding.group, progress=wait)
+    path.with_suffix(".until").write_text(json.dumps(until))
     return ()
 
 

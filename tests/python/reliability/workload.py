@@ -54,7 +54,8 @@ SMALL = Shape(
     (
         Group(0, de.SGD(lr=0.1, weight_decay=0.01), de.Uniform(-1.0, 1.0), dimension=3, seed=1),
         Group(7, de.Adagrad(lr=0.1), de.Normal(0.0, 0.5), dimension=16, seed=2, ttl=40 * HOURS),
-        Group(90, de.RMSprop(lr=0.01), de.Ones(), dimension=5, admission=_filter(200, 2, 400), ttl=de.Steps(9)),
+        # Of more than one chunk, in which a cut saves it, and often halved.
+        Group(90, de.RMSprop(lr=0.01), de.Ones(), dimension=5, admission=_filter(20_000, 2, 150), ttl=de.Steps(9)),
         Group(200, de.Adam(lr=0.1), de.TruncatedNormal(0.0, 1.0), dimension=33, seed=3),
         Group(
             255,
@@ -136,11 +137,15 @@ class Workload:
         if self.shape is SMALL:
             return []
         step = 3 * self.shape.batch
-        return [
+        filled = [
             self._apply(group, self._pools[group.group][begin : begin + step])
             for begin in range(0, self.shape.pool, step)
             for group in self._open
         ]
+        if self.shape is LARGE:  # all of it in one cut
+            self._number += 1
+            filled.append(Operation("checkpoint", number=self._number))
+        return filled
 
     def draw(self, count: int, without: tuple[str, ...] = ()) -> list[Operation]:
         verbs = [verb for verb in _VERBS if verb not in without]
