@@ -168,8 +168,7 @@ class Session:
     def __call__(self, verb: str, *args: Any, **named: Any) -> Any:
         self.start(verb, *args, **named)
         if not self.connection.poll(PATIENCE):
-            self.kill()
-            raise AssertionError(f"{verb} {args[:2]} did not end within {PATIENCE} s: killed")
+            raise self.overdue(f"{verb} {args[:2]}")
         what, value = self.connection.recv()
         assert what == "returned", value
         return value
@@ -188,6 +187,15 @@ class Session:
         except (EOFError, OSError):  # OSError: cut off within a message
             self.connection.close()
         return said
+
+    def overdue(self, what: str) -> AssertionError:
+        """Kills a process that does not answer; the error says where its threads were, if there is a debugger."""
+        where = "where it was, gdb would tell"
+        with suppress(OSError, subprocess.TimeoutExpired):
+            command = ["gdb", "-p", str(self.pid), "-batch", "-ex", "thread apply all backtrace 20"]
+            where = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+        self.kill()
+        return AssertionError(f"{what} did not end within {PATIENCE} s: killed\n{where}")
 
     def leave(self) -> None:
         """Lets the process end: nobody asks any more."""

@@ -19,8 +19,9 @@ from reliability.suite import (
     Kept,
     ServedSuite,
     ask,
+    check_checkpoint_beside,
+    check_dumps_beside,
     check_kept,
-    check_made_beside,
     expect,
     hear_the_rest,
     kept,
@@ -101,13 +102,15 @@ class Victim:
         self.groups, self.moments = set(found.groups), None
 
     def check_beside(self) -> None:
-        """Two of those that another thread made, as they came in between the operations."""
+        """Dumps and checkpoints that another thread made, as they came in between the operations."""
         directory = self.base / "beside"
-        made = sorted(directory.glob("*"))
-        for place in self.random.permutation(len(made))[:2]:
-            options = self.options()
-            if check_made_beside(self.suite.server, made[place], self.shape, options, self.oracle, self.expected):
-                self.suite.done["made beside a training, compared"] += 1
+        compared = check_dumps_beside(directory, self.oracle, self.expected)
+        for path in sorted(directory.glob("*")):
+            if path.name.isdecimal():  # else the process died before it was whole, or while it was removed
+                options = self.options()
+                check_checkpoint_beside(self.suite.server, path, self.shape, options, self.oracle, self.expected)
+                compared += 1
+        self.suite.done["made beside a training, compared"] += compared
         shutil.rmtree(directory, ignore_errors=True)
 
     def start_and_die(self, operations: list[Operation]) -> None:

@@ -107,6 +107,7 @@ class Oracle:
         self._numbers = [self._current_numbers()]
         # (group, key) -> sequence numbers at which the row changed, and what it was from then on (None: no row)
         self._versions: dict[tuple[int, int], tuple[list[int], list[ReferenceRow | None]]] = {}
+        self._keys: dict[int, list[int]] = {group: [] for group in self.tables}  # of all that ever had a row
         # group -> sequence numbers at which the filter counted, and what it was from then on
         self._filters: dict[int, tuple[list[int], list[ReferenceFilter]]] = {
             group: ([0], [copy.deepcopy(table.filter)])
@@ -137,6 +138,8 @@ class Oracle:
         rows = self.tables[group].rows if keys else {}
         for key in keys:
             row = rows.get(key)
+            if (group, key) not in self._versions:
+                self._keys[group].append(key)
             sequences, versions = self._versions.setdefault((group, key), ([], []))
             sequences.append(self.sequence)
             # The arrays of a row are replaced, never written to, so a shallow copy keeps them.
@@ -249,9 +252,7 @@ class Oracle:
 
     def keys_at(self, group: int, sequence: int, clock: int) -> list[int]:
         """Of the rows of a group, in order; a part of rows_at() that costs little."""
-        return sorted(
-            key for table, key in self._versions if table == group and self._version(group, key, sequence, clock)
-        )
+        return sorted(key for key in self._keys[group] if self._version(group, key, sequence, clock))
 
     def _as_arrays(self, group: int, rows: list[tuple[int, ReferenceRow]]) -> Rows:
         dimension, entries = self.tables[group].dimension, self.tables[group].optimizer.entries
@@ -294,6 +295,7 @@ class Oracle:
                 since, row = version
                 other.tables[group].rows[key] = copy.copy(row)
                 other._versions[group, key] = ([since], [copy.copy(row)])
+                other._keys[group].append(key)
         other._numbers = [other._current_numbers()]
         assert other._numbers[0].rows == {group: len(rows.keys) for group, rows in self.rows_at(sequence).items()}
         return other

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -123,8 +124,7 @@ def listen(session: Session, until: int | None = None) -> Told:
     told = Told()
     while not told.ended and (until is None or told.done < until):
         if not session.connection.poll(PATIENCE):
-            session.kill()
-            raise AssertionError(f"operation {told.issued} did not end within {PATIENCE} s: killed")
+            raise session.overdue(f"operation {told.issued}")
         try:
             told.take(session.connection.recv())
         except (EOFError, OSError):
@@ -255,17 +255,40 @@ def check_kept(server: ForkServer, what: Kept, shape: Shape, options: dict[str, 
     return True
 
 
-def check_made_beside(
+def check_checkpoint_beside(
     server: ForkServer, path: Path, shape: Shape, options: dict[str, Any], oracle: Oracle, expected: Expected
-) -> bool:
-    """Of what a second thread made during the operations: whether it is there; of one moment between them then."""
-    if path.suffix == ".bin":
-        _check_dump_beside(path, oracle, expected)
-    elif path.name.isdecimal():
-        _check_checkpoint(server, path, shape, options, oracle, expected.sequence_before, oracle.sequence)
-    else:
-        return False  # the process died before it was whole, or while it was removed
-    return True
+) -> None:
+    """Of one that a second thread made during the operations: it is of one moment between them."""
+    _check_checkpoint(server, path, shape, options, oracle, expected.sequence_before, oracle.sequence)
+
+
+def check_dumps_beside(directory: Path, oracle: Oracle, expected: Expected) -> int:
+    """Of those that a second thread made during the operations: each is of one moment. Returns how many there are."""
+    sequences, times = [expected.sequence_before, *expected.sequences], [expected.time_before, *expected.times]
+    moments = [
+        (sequence, max(time, oracle.numbers_at(sequence).clock))
+        for sequence, time in dict.fromkeys(zip(sequences, times, strict=True))
+    ]
+    keys_at = cache(oracle.keys_at)
+    rows_at = cache(oracle.rows_at)
+    dumps = sorted(directory.glob("*.bin"))
+    for path in dumps:
+        groups = {group: _read_dump(path, group) for group in oracle.tables}
+        until = path.with_suffix(".until")
+        last, latest = json.loads(until.read_text()) if until.exists() else (sequences[-1], times[-1])
+        may_be = [moment for moment in moments if moment[0] <= last and moment[1] <= latest]
+        with_these_keys = [
+            moment
+            for moment in may_be
+            if all(keys_at(group, *moment) == keys.tolist() for group, (keys, _) in groups.items())
+        ]
+        assert any(
+            all(
+                weights.tobytes() == rows_at(*moment)[group].weights.tobytes() for group, (_, weights) in groups.items()
+            )
+            for moment in with_these_keys
+        ), f"{path} is of no moment of {may_be}: {len(with_these_keys)} have its keys, none its weights"
+    return len(dumps)
 
 
 def _read_dump(path: Path, group: int) -> tuple[Any, Any]:
@@ -279,28 +302,6 @@ def _check_dump(what: Kept, oracle: Oracle) -> None:
     expected = oracle.rows_at(what.sequence, max(what.clock, oracle.numbers_at(what.sequence).clock))[what.group]
     assert np.array_equal(keys, expected.keys), f"{what.path} has other keys than after {what.sequence}"
     assert weights.tobytes() == expected.weights.tobytes(), f"{what.path} has other weights"
-
-
-def _check_dump_beside(path: Path, oracle: Oracle, expected: Expected) -> None:
-    group = int(path.name.split("-")[0])
-    keys, weights = _read_dump(path, group)
-    with_these_keys = 0
-    sequences, times = [expected.sequence_before, *expected.sequences], [expected.time_before, *expected.times]
-    until = path.with_suffix(".until")
-    last, latest = json.loads(until.read_text()) if until.exists() else (sequences[-1], times[-1])
-    for sequence, time in dict.fromkeys(zip(sequences, times, strict=True)):
-        if sequence > last or time > latest:
-            break
-        clock = max(time, oracle.numbers_at(sequence).clock)
-        if oracle.keys_at(group, sequence, clock) != keys.tolist():
-            continue
-        with_these_keys += 1
-        if weights.tobytes() == oracle.rows_at(sequence, clock)[group].weights.tobytes():
-            return
-    raise AssertionError(
-        f"{path} is of no moment from {sequences[0]} to {last}: {with_these_keys} have its {len(keys)} keys, "
-        "none its weights"
-    )
 
 
 def _check_checkpoint(

@@ -133,8 +133,7 @@ def follow(session: Session, until: int | None) -> tuple[dict[str, str] | None, 
     try:
         while until is None or step < until:
             if not session.connection.poll(PATIENCE):
-                session.kill()
-                raise AssertionError(f"no step within {PATIENCE} s after step {step}: killed")
+                raise session.overdue(f"the step after step {step}")
             match session.connection.recv():
                 case ("resumed", first, _):
                     step = max(step, first)

@@ -359,7 +359,7 @@ def _beside(trainee: Trainee, what: str, stop: threading.Event, trouble: list[Ba
         "lookup": lambda embedding: embedding.lookup(keys, insert=False),
         "prefetch": lambda embedding: (embedding.prefetch(keys), embedding.contains(keys)),
         "checkpoint": lambda _: _checkpoint_beside(trainee, next(made)),
-        "dump": lambda embedding: _dump_beside(trainee, embedding, next(made)),
+        "dump": lambda _: _dump_beside(trainee, next(made)),
     }
     try:
         while not stop.is_set():
@@ -377,9 +377,9 @@ def _checkpoint_beside(trainee: Trainee, number: int) -> tuple[()]:
     return ()
 
 
-def _dump_beside(trainee: Trainee, embedding: de.Embedding, number: int) -> tuple[()]:
+def _dump_beside(trainee: Trainee, number: int) -> tuple[()]:
     """It waits when it has its moment, so that much happens before that is written; beside it is what came before."""
-    path = trainee.base / "beside" / f"{embedding.group}-{number % 16}.bin"
+    path = trainee.base / "beside" / f"{number % 16}.bin"
     path.with_suffix(".until").unlink(missing_ok=True)  # of one that had this name
     until: list[int] = []
 
@@ -388,7 +388,7 @@ def _dump_beside(trainee: Trainee, embedding: de.Embedding, number: int) -> tupl
         until[:] = until or [int(trainee.storage.stats()["sequence"]), trainee.now]
         time.sleep(0.01)
 
-    trainee.storage.dump(path, group=embedding.group, progress=wait)
+    trainee.storage.dump(path, progress=wait)
     path.with_suffix(".until").write_text(json.dumps(until))
     return ()
 
