@@ -98,6 +98,26 @@ def test_an_expired_row_is_absent_everywhere_and_starts_anew(tmp_path: Path) -> 
         assert row.update_count == 1
 
 
+@pytest.mark.parametrize("longer", [1_000_000, "never", de.Steps(1000)])
+def test_what_has_expired_stays_so_under_a_longer_life(tmp_path: Path, longer: Any) -> None:
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        storage.now = 10_000
+        table = embedding(storage, ttl=100)
+        update(table, *range(30))
+        storage.now = 10_090
+        update(table, *range(100, 105))
+        storage.now = 10_120
+        assert keys_of(table) == set(range(100, 105))
+    for _ in range(2):
+        with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+            storage.now = 10_130
+            table = embedding(storage, ttl=longer)
+            assert len(table) == 5
+            assert keys_of(table) == set(range(100, 105))
+            assert not table.contains(np.arange(30)).any()
+            assert not table.lookup(np.arange(30), insert=False).any()
+
+
 def test_a_clock_a_year_ahead_warns_at_commit_and_expires_nothing_before_it_is_confirmed(tmp_path: Path) -> None:
     with de.Storage(tmp_path / "s", memory="16MiB", ttl="1d") as storage:
         users = embedding(storage)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import xxhash
 
 from comparing import files_of
 from reliability import trainee
@@ -54,6 +55,68 @@ def damage(random: np.random.Generator, file: Path) -> str:
     file.unlink()
     file.write_bytes(content)
     return f"{kind} at {at} of {len(before)}"
+
+
+def damage_row(random: np.random.Generator, file: Path) -> str:
+    """Changes a bit of a row in a table file, and makes its block's checksum right: as memory could, before it is made.
+
+    As damage(); "" also when there is no row near a place that was drawn.
+    """
+    content = bytearray(file.read_bytes())
+    begin = 0
+    for _ in range(int(random.integers(3))):
+        end = _block_end(content, begin)
+        begin = 0 if end is None else end + TRAILER
+    end = _block_end(content, begin)
+    if end is None:
+        return ""
+    # Entries of varints (shared and further bytes of the key, bytes of the value), key, value; then restart points.
+    at, entries_end, values = begin, end - 4 - 4 * int.from_bytes(content[end - 4 : end], "little"), []
+    while at < entries_end:
+        shared, at = _varint(content, at)
+        more, at = _varint(content, at)
+        size, at = _varint(content, at)
+        if shared + more != KEY:
+            return ""  # not a block of rows
+        values.append((at + more, size))
+        at += more + size
+    values = [(place, size) for place, size in values if size > 0]  # else it is erased
+    if not values:
+        return ""
+    place, size = values[int(random.integers(len(values)))]
+    changed = place + int(random.integers(size))
+    content[changed] ^= 1 << int(random.integers(8))
+    content[end + 1 : end + TRAILER] = _block_checksum(content, begin, end)
+    file.unlink()
+    file.write_bytes(content)
+    return f"a bit of a row at {changed} of {len(content)}, under a checksum that is right,"
+
+
+# Of a block: a byte that says how it is compressed (0: it is not), and its checksum.
+TRAILER = 5
+KEY = 20  # ours, and eight bytes of RocksDB
+
+
+def _block_checksum(content: bytearray, begin: int, end: int) -> bytes:
+    return (xxhash.xxh3_64_intdigest(content[begin:end]) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def _block_end(content: bytearray, begin: int) -> int | None:
+    """Where the block that begins there ends, by its checksum."""
+    for end in range(begin + 8, min(len(content) - TRAILER, begin + 20_000)):
+        if content[end] == 0 and content[end + 1 : end + TRAILER] == _block_checksum(content, begin, end):
+            return end
+    return None
+
+
+def _varint(content: bytearray, at: int) -> tuple[int, int]:
+    number = shift = 0
+    while True:
+        byte = content[at]
+        number |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return number, at
 
 
 class Damaged(ServedSuite):
@@ -217,8 +280,11 @@ class ColdFlips(Damaged):
             tables = [file for file in files if file.suffix == ".sst"]
             pick = tables if tables and random.random() < 0.7 else files
             file = pick[int(random.integers(len(pick)))]
-            how = [change for change in (damage(random, file) for _ in range(int(random.integers(1, 4)))) if change]
-            if not how:
+            if file.suffix == ".sst" and random.random() < 0.2:
+                how = [damage_row(random, file)]
+            else:
+                how = [damage(random, file) for _ in range(int(random.integers(1, 4)))]
+            if not any(how):
                 return
             try:
                 answer = ask(self.session, trainee.try_to_read_all, base, SMALL.name, OPTIONS, self._keys(specimen))

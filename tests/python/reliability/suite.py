@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 import damo_embedding as de
+from comparing import files_of
 from reliability import trainee
 from reliability.oracle import Moment, Operation, Oracle
 from reliability.workload import Shape
@@ -308,12 +309,15 @@ def _check_checkpoint(
     server: ForkServer, path: Path, shape: Shape, options: dict[str, Any], oracle: Oracle, low: int, high: int
 ) -> None:
     """Restores it into a directory of its own. `low`, `high`: the sequence number that it may have."""
+    before = files_of(path)
     with scratch() as directory:
         session = server.session()
         try:
             found = ask(session, trainee.recover, make_base(directory / "restored"), shape.name, options, path)
+            ask(session, trainee.go_on)
         finally:
             session.kill()
+    assert files_of(path) == before, f"{path} has changed with a storage that was restored from it"
     # A restored storage gives the checkpoint's step as its last commit.
     assert found.numbers.last_commit == (int(path.name), b"")
     if low <= found.sequence <= high:

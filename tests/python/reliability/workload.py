@@ -142,9 +142,8 @@ class Workload:
             for begin in range(0, self.shape.pool, step)
             for group in self._open
         ]
-        if self.shape is LARGE:  # all of it in one cut
-            self._number += 1
-            filled.append(Operation("checkpoint", number=self._number))
+        if self.shape is LARGE:  # a cut of all of it, and of the log
+            filled.append(Operation("reopen"))
         return filled
 
     def draw(self, count: int, without: tuple[str, ...] = ()) -> list[Operation]:
@@ -174,8 +173,8 @@ class Workload:
         group = self._open[int(self.random.integers(len(self._open)))]
         self._number += 1
         if verb == "apply_gradients":
-            # Now and then more rows than may be in memory at once.
-            most = self.shape.batch * (4 if self.random.random() < 0.05 else 1)
+            # Now and then more rows than may be in memory at once; where it is about bytes more often, to fill the log.
+            most = self.shape.batch * (4 if self.random.random() < (0.2 if self.shape is TIGHT else 0.05) else 1)
             return self._apply(group, self._keys(group, most))
         if verb in ("lookup", "lookup_only", "contains", "erase", "prefetch"):
             most = self.shape.batch if verb != "erase" else self.shape.batch // 2
