@@ -626,7 +626,11 @@ uint64_t Storage::cut_log() {
     tiers_->presence().save(presence_file(), start.sequence);
   adopt_files(filters, start.sequence);
   check_in_place();
-  log_->drop_through(planted("log cut too far") ? UINT64_MAX : start.sequence);
+  if (planted("log cut too far")) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // a disk's time, in which more comes
+    log_->drop_through(UINT64_MAX);
+  }
+  log_->drop_through(start.sequence);
   if (!filters.empty()) {
     const std::lock_guard order(order_);
     remove_old_filters();

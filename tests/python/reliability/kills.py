@@ -29,7 +29,7 @@ from reliability.suite import (
     make_base,
     scratch,
 )
-from reliability.workload import START, Shape, Workload, draw_options, draw_shape
+from reliability.workload import LARGE, START, Shape, Workload, draw_options, draw_shape
 
 ROUNDS = 5
 
@@ -72,9 +72,9 @@ class Victim:
 
     def live(self) -> None:
         for number in range(ROUNDS):
-            operations = self.workload.fill() if number == 0 else []
-            operations += self.workload.draw(int(self.random.integers(5, 60)))
-            self.start_and_die(operations)
+            filled = self.workload.fill() if number == 0 else []
+            operations = filled + self.workload.draw(int(self.random.integers(5, 60)))
+            self.start_and_die(operations, len(filled) if self.shape is LARGE else 0)
         session = self.suite.server.session()
         self.check(ask(session, trainee.recover, self.base, self.shape.name, self.options()))
         ask(session, trainee.close)
@@ -113,9 +113,10 @@ class Victim:
         self.suite.done["made beside a training, compared"] += compared
         shutil.rmtree(directory, ignore_errors=True)
 
-    def start_and_die(self, operations: list[Operation]) -> None:
+    def start_and_die(self, operations: list[Operation], unharmed: int) -> None:
+        """Does the operations, of which the first `unharmed` return."""
         session = self.suite.server.session()
-        at_a_point = self.random.random() < 0.7
+        at_a_point = self.random.random() < 0.7 and not unharmed
         if at_a_point:
             call, file_class = faults.POINTS[int(self.random.integers(len(faults.POINTS)))]
             actions = [faults.KILL_BEFORE, faults.KILL_AFTER] + [faults.TEAR] * (call == "write")
@@ -140,7 +141,7 @@ class Victim:
         with suppress(BrokenPipeError):  # a thread of the storage has come by the point before it was asked
             session.start("call", trainee.train, operations, self.oracle.now, beside)
         # At a point, the end of the operations kills those that never came by it.
-        until = None if at_a_point else int(self.random.integers(0, len(operations)))
+        until = None if at_a_point else int(self.random.integers(unharmed, len(operations)))
         told = listen(session, until)
         if not told.died and not told.ended:
             time.sleep(float(self.random.exponential(0.002)))
