@@ -70,6 +70,11 @@ def code() -> tuple[str, str]:
     return name + dirty, git("rev-parse", "--short", "HEAD").strip() + dirty
 
 
+def machine() -> str:
+    system, release = platform.system(), platform.release().split("-")[0]
+    return f"{system} {release}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
 def _record() -> Path:
     return (APART if code()[0].endswith("-dirty") else DOCS) / "reliability.json"
 
@@ -119,6 +124,7 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
     if entry is None or (entry["code"], entry["first_seed"]) != (what, first):
         entry = {"code": what, "first_seed": first, "cases": 0, "done": {}, "failures": [], "seconds": 0.0}
     entry["commit"] = commit
+    entry["machines"] = sorted({*entry.get("machines", []), machine()})
     entry.pop("skipped", None)
     done = Counter(entry["done"])
     todo: Any = multiprocessing.Queue()
@@ -170,6 +176,7 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
 
 def page(record: dict[str, Any]) -> str:
     lines = INTRODUCTION.splitlines()
+    machines = sorted({name for entry in record.values() for name in entry.get("machines", [])})
     for name, kind in SUITES.items():
         entry = record.get(name)
         if entry is None:
@@ -208,8 +215,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         *LIMITS.splitlines(),
         "",
-        f"Run on {platform.system()} {platform.release().split('-')[0]}, {platform.machine()}, "
-        f"Python {platform.python_version()}.",
+        f"Run on {'; '.join(machines)}.",
         "",
     ]
     return "\n".join(lines)
