@@ -84,10 +84,10 @@ void Storage::remove_old_filters() noexcept {
   if (point_) return;  // a new recovery point has none of them
   // What cannot be removed now goes at the next open.
   try {
-    for (const auto& entry : fs::directory_iterator(generation_)) {
-      const std::string name = entry.path().filename();
+    for (const fs::path& path : list_directory("remove old filters", generation_)) {
+      const std::string name = path.filename();
       std::error_code ignored;
-      if (is_name_of_saved_filter(name) && !is_wanted(name)) fs::remove(entry.path(), ignored);
+      if (is_name_of_saved_filter(name) && !is_wanted(name)) fs::remove(path, ignored);
     }
   } catch (const std::exception&) {
   }

@@ -38,7 +38,7 @@ void remove_directory(const fs::path& directory) {
   fs::remove(directory / "CHECKPOINT", absent);
   if (absent) throw fs::filesystem_error("[checkpoint] remove", directory / "CHECKPOINT", absent);
   fsync_directory(directory);
-  fs::remove_all(directory);
+  remove_tree("checkpoint", directory);
 }
 
 bool somebody_builds(const fs::path& staged) {
@@ -113,11 +113,8 @@ void check_layouts(const fs::path& checkpoint, const std::vector<TableSpec>& wan
 CheckpointList list_checkpoints(const fs::path& directory) {
   CheckpointList list;
   std::error_code error;
-  fs::directory_iterator entries(directory, error);
-  if (error == std::errc::no_such_file_or_directory) return list;
-  if (error) throw_system_error("list checkpoints", directory, error.value());
-  for (const fs::directory_entry& entry : entries) {
-    const fs::path& path = entry.path();
+  if (!fs::exists(directory, error) && !error) return list;
+  for (const fs::path& path : list_directory("list checkpoints", directory)) {
     if (is_no_checkpoint_by_name(path.filename()) || !fs::is_directory(fs::symlink_status(path))) continue;
     std::error_code ignored;
     if (!fs::exists(path / "CHECKPOINT", ignored)) {
@@ -176,11 +173,11 @@ std::vector<std::string> remove_checkpoints(const fs::path& directory, const std
   // Leftovers first: a name that is wanted now may be among them.
   attempt([&] {
     std::vector<fs::path> leftovers;
-    for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
-      const std::string name = entry.path().filename();
-      if (!fs::is_directory(fs::symlink_status(entry.path()))) continue;
-      if (name.ends_with(removing) || (name.find(building) != std::string::npos && !somebody_builds(entry.path())))
-        leftovers.push_back(entry.path());
+    for (const fs::path& path : list_directory("checkpoint", directory)) {
+      const std::string name = path.filename();
+      if (!fs::is_directory(fs::symlink_status(path))) continue;
+      if (name.ends_with(removing) || (name.find(building) != std::string::npos && !somebody_builds(path)))
+        leftovers.push_back(path);
     }
     for (const fs::path& leftover : leftovers) attempt([&] { remove_directory(leftover); });
   });

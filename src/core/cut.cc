@@ -48,8 +48,7 @@ class StagedDirectory {
  public:
   StagedDirectory(const fs::path& wanted, const std::string& suffix) : wanted_(wanted), staged_(wanted) {
     staged_ += suffix;
-    std::error_code ignored;
-    fs::remove_all(staged_, ignored);
+    try_to_remove_tree(staged_);
     make_directory(staged_);
     // As long as this lives, nobody takes the directory for a leftover. A system that has no such locks is no reason to
     // stop: there a leftover is not told from what is being built, and stays.
@@ -57,8 +56,7 @@ class StagedDirectory {
     (void)::flock(lock_.get(), LOCK_EX | LOCK_NB);
   }
   ~StagedDirectory() {
-    std::error_code ignored;
-    if (!done_) fs::remove_all(staged_, ignored);
+    if (!done_) try_to_remove_tree(staged_);
   }
   const fs::path& path() const { return staged_; }
   // The names in it are synced already: whoever wrote its last file did that.
@@ -167,9 +165,9 @@ std::vector<std::string> Storage::checkpoint(const fs::path& directory, int64_t 
   Manifest groups;
   if (fill) {
     fill(staged.path());
-    for (const fs::directory_entry& file : fs::directory_iterator(staged.path())) {
-      fsync_file(file.path());
-      manifest.files.push_back(describe_file(staged.path(), file.path().filename()));
+    for (const fs::path& file : list_directory("checkpoint", staged.path())) {
+      fsync_file(file);
+      manifest.files.push_back(describe_file(staged.path(), file.filename()));
     }
   }
   {

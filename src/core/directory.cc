@@ -58,14 +58,13 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
   }
 
   bool empty = true, has_current = false, creating = false, foreign = false;
-  for (const auto& entry : fs::directory_iterator(path_, error)) {
-    const std::string name = entry.path().filename();
+  for (const fs::path& path : list_directory("open", path_)) {
+    const std::string name = path.filename();
     if (name == "CURRENT") has_current = true;
     if (name == "CREATING") creating = true;
     if (!is_name_of_storage(name)) foreign = true;
     if (name != "LOCK" && name != "CREATING.tmp") empty = false;  // that is how far an interrupted creation may be
   }
-  if (error) throw_system_error("open", path_, error.value());
   if (!has_current && !creating && !empty) {
     if (fs::exists(path_ / "CHECKPOINT", error)) {
       is_checkpoint_ = mode == OpenMode::kReadOnly;
@@ -145,8 +144,8 @@ fs::path StorageDirectory::generation() const { return is_checkpoint_ ? path_ : 
 
 void StorageDirectory::replace_generation(const std::function<void(const fs::path&)>& build, const fs::path& working) {
   uint64_t number = 0;
-  for (const auto& entry : fs::directory_iterator(path_)) {
-    const std::string name = entry.path().filename();
+  for (const fs::path& path : list_directory("open", path_)) {
+    const std::string name = path.filename();
     if (name.starts_with(kPrefix)) number = std::max(number, generation_number(name));
   }
   const std::string name = generation_name(number + 1);
@@ -160,14 +159,13 @@ void StorageDirectory::replace_generation(const std::function<void(const fs::pat
     if (planted("old generations removed before the switch")) remove_generations_but(fresh, working);
     write_file_atomically(path_ / "CURRENT", name + " " + checksum_text(name) + "\n");
   } catch (...) {
-    std::error_code ignored;
     // Unless the switch happened and only its sync failed.
     bool live = false;
     try {
       live = fs::exists(path_ / "CURRENT") && generation() == fresh;
     } catch (...) {
     }
-    if (!live) fs::remove_all(fresh, ignored);
+    if (!live) try_to_remove_tree(fresh);
     throw;
   }
   if (is_new_) {
@@ -188,12 +186,8 @@ void StorageDirectory::remove_stale_generations() {
 // What cannot be removed now goes at the next open.
 void StorageDirectory::remove_generations_but(const fs::path& live, const fs::path& working) noexcept {
   try {
-    for (const auto& entry : fs::directory_iterator(path_)) {
-      const fs::path& path = entry.path();
-      std::error_code ignored;
-      if (path.filename().string().starts_with(kPrefix) && path != live && path != working)
-        fs::remove_all(path, ignored);
-    }
+    for (const fs::path& path : list_directory("open", path_))
+      if (path.filename().string().starts_with(kPrefix) && path != live && path != working) try_to_remove_tree(path);
   } catch (const std::exception&) {
   }
 }

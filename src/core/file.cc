@@ -2,6 +2,7 @@
 #include "file.h"
 #include "planted.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -9,6 +10,8 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <exception>
+#include <memory>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -155,6 +158,39 @@ void FileDescriptor::close() {
 void fsync_file(const std::filesystem::path& path) { FileDescriptor("sync", path, O_RDONLY).sync(); }
 
 void fsync_directory(const std::filesystem::path& path) { FileDescriptor("sync", path, O_RDONLY | O_DIRECTORY).sync(); }
+
+std::vector<std::filesystem::path> list_directory(std::string_view operation, const std::filesystem::path& path) {
+  const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(path.c_str()), ::closedir);
+  if (directory == nullptr) throw_system_error(operation, path);
+  std::vector<std::filesystem::path> found;
+  for (;;) {
+    errno = 0;
+    const dirent* entry = ::readdir(directory.get());
+    if (entry == nullptr && errno != 0) throw_system_error(operation, path);
+    if (entry == nullptr) return found;
+    const std::string_view name = entry->d_name;
+    if (name != "." && name != "..") found.push_back(path / name);
+  }
+}
+
+void remove_tree(std::string_view operation, const std::filesystem::path& path) {
+  struct stat info {};
+  if (::lstat(path.c_str(), &info) != 0) {
+    if (errno == ENOENT) return;
+    throw_system_error(operation, path);
+  }
+  if (S_ISDIR(info.st_mode))
+    for (const std::filesystem::path& entry : list_directory(operation, path)) remove_tree(operation, entry);
+  const int result = S_ISDIR(info.st_mode) ? ::rmdir(path.c_str()) : ::unlink(path.c_str());
+  if (result != 0 && errno != ENOENT) throw_system_error(operation, path);
+}
+
+void try_to_remove_tree(const std::filesystem::path& path) noexcept {
+  try {
+    remove_tree("remove", path);
+  } catch (const std::exception&) {
+  }
+}
 
 void make_directory(const std::filesystem::path& path) {
   if (::mkdir(path.c_str(), 0755) != 0) throw_system_error("create directory", path);

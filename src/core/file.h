@@ -17,6 +17,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "error.h"
 #include "format.h"
@@ -66,6 +67,14 @@ class FileDescriptor {
 void fsync_file(const std::filesystem::path& path);
 // Makes names created in, renamed into or removed from `path` durable.
 void fsync_directory(const std::filesystem::path& path);
+
+// The paths of what a directory holds, in no order. (libstdc++'s iterator ends the process when memory runs out.)
+std::vector<std::filesystem::path> list_directory(std::string_view operation, const std::filesystem::path& path);
+
+// Removes a file, or a directory with all below it; nothing if there is none. Symbolic links are not followed.
+void remove_tree(std::string_view operation, const std::filesystem::path& path);
+// As far as it can.
+void try_to_remove_tree(const std::filesystem::path& path) noexcept;
 
 // Creates one directory (its parent exists, itself it does not) and syncs the parent.
 void make_directory(const std::filesystem::path& path);

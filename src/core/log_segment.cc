@@ -77,16 +77,13 @@ std::string segment_name(uint64_t number) {
 
 SegmentFiles list_segments(const std::filesystem::path& directory) {
   SegmentFiles files;
-  std::error_code error;
-  std::filesystem::directory_iterator entry(directory, error);
-  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
-    const std::string name = entry->path().filename().string();
+  for (const std::filesystem::path& path : list_directory("list the log", directory)) {
+    const std::string name = path.filename().string();
     if (name.find_first_not_of("0123456789") != kNameDigits) continue;
     const std::string_view rest = std::string_view(name).substr(kNameDigits);
-    if (rest == ".log") files.segments.emplace(std::stoull(name.substr(0, kNameDigits)), entry->path());
-    if (rest == ".log.tmp") files.leftovers.push_back(entry->path());
+    if (rest == ".log") files.segments.emplace(std::stoull(name.substr(0, kNameDigits)), path);
+    if (rest == ".log.tmp") files.leftovers.push_back(path);
   }
-  if (error) throw_system_error("list the log", directory, error.value());
   return files;
 }
 

@@ -55,14 +55,21 @@ constexpr size_t kVerifyCache = size_t{1} << 20;
 // All names below a directory, with what changes when their contents do: inode, length, time.
 using Traces = std::map<std::string, std::tuple<ino_t, off_t, time_t, long>>;
 
+void add_traces(const fs::path& directory, Traces& traces) {
+  for (const fs::path& path : list_directory("open", directory)) {
+    struct stat info {};
+    if (::lstat(path.c_str(), &info) != 0) continue;
+    traces[path.string()] = {info.st_ino, info.st_size, info.st_mtim.tv_sec, info.st_mtim.tv_nsec};
+    if (S_ISDIR(info.st_mode)) add_traces(path, traces);
+  }
+}
+
 Traces traces_of(const fs::path& directory) {
   Traces traces;
-  std::error_code error;
-  for (fs::recursive_directory_iterator entry(directory, error); !error && entry != fs::recursive_directory_iterator();
-       entry.increment(error)) {
-    struct stat info {};
-    if (::lstat(entry->path().c_str(), &info) == 0)
-      traces[entry->path().string()] = {info.st_ino, info.st_size, info.st_mtim.tv_sec, info.st_mtim.tv_nsec};
+  try {
+    add_traces(directory, traces);
+  } catch (const StorageError&) {
+    // One that goes away meanwhile, or may not be read: what there is of it is compared.
   }
   return traces;
 }

@@ -37,9 +37,12 @@ void Storage::begin_recovery_points() {
     logs_ = false;
   }
   // Of the generation that was live until now only the table files are needed. The rest would take space.
-  std::error_code ignored;
-  for (const auto& entry : fs::directory_iterator(generation_, ignored))
-    if (entry.path().filename() != "rocksdb") fs::remove_all(entry.path(), ignored);
+  try {
+    for (const fs::path& path : list_directory("open", generation_))
+      if (path.filename() != "rocksdb") try_to_remove_tree(path);
+  } catch (const StorageError&) {
+    // It stays, until the storage is opened again.
+  }
 }
 
 void Storage::make_recovery_point(const std::function<void()>& first, bool with_presence) {

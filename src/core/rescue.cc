@@ -304,8 +304,8 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
     generation = live_generation(from);
   } catch (const Error& wrong) {
     std::vector<fs::path> found;
-    for (const fs::directory_entry& entry : fs::directory_iterator(from))
-      if (entry.path().filename().string().starts_with("generation-")) found.push_back(entry.path());
+    for (const fs::path& path : list_directory("salvage", from))
+      if (path.filename().string().starts_with("generation-")) found.push_back(path);
     // The one in which a process in mode commit worked has none, and is not a storage by itself.
     if (found.size() > 1) std::erase_if(found, [](const fs::path& one) { return !fs::exists(one / "MANIFEST"); });
     if (found.size() != 1)
@@ -357,10 +357,7 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
   scratch += building_suffix(manifest.storage_id);
   struct Remove {
     const fs::path& path;
-    ~Remove() {
-      std::error_code ignored;
-      fs::remove_all(path, ignored);
-    }
+    ~Remove() { try_to_remove_tree(path); }
   } remove{scratch};
   {
     StorageDirectory directory(scratch, OpenMode::kCreate);
@@ -512,7 +509,7 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
     // would take it for done.
     counters.sequence = newest_row;
     const fs::path log = live_generation(scratch) / "log";
-    fs::remove_all(log);
+    remove_tree("salvage", log);
     make_directory(log);
     OperationLog::create({.directory = log, .storage_id = manifest.storage_id}, newest_row + 1,
                          encode_counters(counters));

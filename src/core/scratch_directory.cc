@@ -41,16 +41,19 @@ fs::path place_for_temporary_files() {
 bool somebody_has(const FileDescriptor& directory) { return ::flock(directory.get(), LOCK_EX | LOCK_NB) != 0; }
 
 void remove_leftovers(const fs::path& place) {
-  std::error_code error;
-  for (fs::directory_iterator entry(place, error); !error && entry != fs::directory_iterator();
-       entry.increment(error)) {
-    if (!entry->path().filename().string().starts_with(kScratchPrefix)) continue;
+  std::vector<fs::path> entries;
+  try {
+    entries = list_directory("scratch", place);
+  } catch (const Error&) {
+    return;  // where names cannot be read, there may be leftovers
+  }
+  for (const fs::path& path : entries) {
+    if (!path.filename().string().starts_with(kScratchPrefix)) continue;
     try {
-      const FileDescriptor directory("scratch", entry->path(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
+      const FileDescriptor directory("scratch", path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
       struct stat info {};
       if (::fstat(directory.get(), &info) != 0 || info.st_uid != ::geteuid() || somebody_has(directory)) continue;
-      std::error_code ignored;
-      fs::remove_all(entry->path(), ignored);
+      try_to_remove_tree(path);
     } catch (const Error&) {
       // Not ours to look into, or gone already.
     }
@@ -77,9 +80,6 @@ ScratchDirectory::ScratchDirectory() {
   }
 }
 
-ScratchDirectory::~ScratchDirectory() {
-  std::error_code ignored;
-  fs::remove_all(path_, ignored);
-}
+ScratchDirectory::~ScratchDirectory() { try_to_remove_tree(path_); }
 
 }  // namespace damo

@@ -229,7 +229,7 @@ void Storage::open_generation(const fs::path& generation) {
       .storage_id = manifest_.storage_id,
       .segment_bytes = std::clamp<uint64_t>(log_limit_ / 8, size_t{128} << 10, size_t{256} << 20)};
   // Rows redone may be evicted at once, so what is redone must not be lost afterwards: sync it before reading it.
-  for (const auto& entry : fs::directory_iterator(log_directory)) fsync_file(entry.path());
+  for (const fs::path& segment : list_directory("open", log_directory)) fsync_file(segment);
   log_ = OperationLog::recover(
       log_options,
       [&](uint64_t first_sequence, std::string_view state) {

@@ -8,14 +8,19 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <filesystem>
 #include <functional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "temporary_directory.h"
 
 namespace damo {
 namespace {
+
+namespace fs = std::filesystem;
 
 using testing::TemporaryDirectory;
 
@@ -169,6 +174,42 @@ TEST_CASE("file: across file systems the link is a copy") {
   CHECK(read_file(to, 4 << 20) == text);
   CHECK_THROWS_AS(link_or_copy(directory / "a", to), StorageError);  // exists now; must not be removed by the failure
   CHECK(std::filesystem::remove(to));
+}
+
+TEST_CASE("file: a directory is listed whole; what is not one says so") {
+  TemporaryDirectory directory;
+  const fs::path root = directory / "root";
+  CHECK_THROWS_AS(list_directory("look", root), MissingFileError);
+  make_directory(root);
+  CHECK(list_directory("look", root).empty());
+  std::vector<fs::path> expected;
+  for (const char* name : {".hidden", "a", "b"}) {
+    write_file_atomically(root / name, "");
+    expected.push_back(root / name);
+  }
+  std::vector<fs::path> found = list_directory("look", root);
+  std::sort(found.begin(), found.end());
+  CHECK(found == expected);
+  CHECK_THROWS_AS(list_directory("look", root / "a"), StorageError);
+}
+
+TEST_CASE("file: a tree is removed with all below it, and no link is followed") {
+  TemporaryDirectory directory;
+  const fs::path root = directory / "root", beside = directory / "beside";
+  fs::create_directories(root / "one" / "two");
+  make_directory(beside);
+  for (const fs::path& path : {root / "a", root / "one" / "b", root / "one" / "two" / "c", beside / "kept"})
+    write_file_atomically(path, "text");
+  fs::create_directory_symlink(beside, root / "one" / "link");
+  remove_tree("remove", root);
+  CHECK_FALSE(fs::exists(root));
+  CHECK(fs::exists(beside / "kept"));
+  CHECK_NOTHROW(remove_tree("remove", root));
+  remove_tree("remove", beside / "kept");
+  CHECK_FALSE(fs::exists(beside / "kept"));
+  write_file_atomically(beside / "file", "text");
+  CHECK_THROWS_AS(remove_tree("remove", beside / "file" / "below"), MissingFileError);
+  CHECK_NOTHROW(try_to_remove_tree(beside / "file" / "below"));
 }
 
 TEST_CASE("file: CRC-32C has its published check values") {

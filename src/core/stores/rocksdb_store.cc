@@ -222,8 +222,8 @@ class Disposal final : public rocksdb::CompactionFilterFactory {
 
 size_t tables_in(const fs::path& directory) {
   size_t tables = 0;
-  for (const fs::directory_entry& entry : fs::directory_iterator(directory))
-    if (entry.path().extension() == ".sst") ++tables;
+  for (const fs::path& file : list_directory("open", directory))
+    if (file.extension() == ".sst") ++tables;
   return tables;
 }
 
@@ -730,8 +730,8 @@ void RocksdbStore::open_for_writing() {
   const std::optional<uint64_t> committed = CommitMark::read(engine_->mark_path());
   if (!committed || !fs::exists(directory / "CURRENT")) {
     // A new store, or one whose creation was cut short; neither has tables. RocksDB would delete them.
-    for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
-      if (entry.path().extension() == ".sst" || committed.value_or(0) > 0)
+    for (const fs::path& file : list_directory("open", directory)) {
+      if (file.extension() == ".sst" || committed.value_or(0) > 0)
         throw CorruptionError("[open] " + directory.string() + " holds committed rows but no file " +
                               (committed ? "CURRENT" : kMarkName));
     }
@@ -739,7 +739,7 @@ void RocksdbStore::open_for_writing() {
   if (committed.value_or(0) > 0) open_read_only(*committed);
 
   // What a writer left that never committed.
-  fs::remove_all(engine_->ingest_directory());
+  remove_tree("open", engine_->ingest_directory());
   make_directory(engine_->ingest_directory());
   rocksdb::DB* db = nullptr;
   const rocksdb::Status status = rocksdb::DB::Open(engine_->options, directory.string(), &db);
@@ -839,8 +839,7 @@ std::vector<LinkedFile> RocksdbStore::link_into(const fs::path& directory) {
     engine_->check_status("link_into", status);
     return files;
   } catch (...) {
-    std::error_code ignored;
-    fs::remove_all(directory, ignored);
+    try_to_remove_tree(directory);
     throw;
   }
 }
