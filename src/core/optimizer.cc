@@ -39,10 +39,10 @@ size_t Optimizer::state_floats(size_t dimension) const {
   return floats;
 }
 
-void Optimizer::initialize_state(size_t dimension, float* state) const {
-  for (const StateEntry& entry : this->state()) {
-    state = std::fill_n(state, entry.per_weight ? dimension : 1, entry.initial);
-  }
+void Optimizer::initialize_state(size_t dimension, float* state) const { fill_state(this->state(), dimension, state); }
+
+void fill_state(std::span<const StateEntry> entries, size_t dimension, float* state) noexcept {
+  for (const StateEntry& entry : entries) state = std::fill_n(state, entry.per_weight ? dimension : 1, entry.initial);
 }
 
 double check_lr(std::string_view operation, double lr) {

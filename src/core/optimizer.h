@@ -68,6 +68,9 @@ class Optimizer {
   void initialize_state(size_t dimension, float* state) const;
 };
 
+// Of a row that was never updated: each entry's floats, one after the other.
+void fill_state(std::span<const StateEntry> entries, size_t dimension, float* state) noexcept;
+
 // What every rate must be, at construction and per step: finite, at least 0, no larger than a float.
 // std::invalid_argument with `operation` in brackets otherwise. Returns `lr`.
 double check_lr(std::string_view operation, double lr);

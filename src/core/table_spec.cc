@@ -96,6 +96,7 @@ TableShape::TableShape(TableSpec given)
     : spec(std::move(given)),
       optimizer(make_optimizer(spec.optimizer, spec.optimizer_settings)),
       initializer(make_initializer(spec.initializer, spec.initializer_settings)),
+      state(optimizer->state()),
       state_floats(optimizer->state_floats(spec.dimension)) {}
 
 void TableShape::first_weights(uint64_t mixed, float* weights) const noexcept {
@@ -104,7 +105,7 @@ void TableShape::first_weights(uint64_t mixed, float* weights) const noexcept {
 
 void TableShape::first_floats(uint64_t mixed, float* floats) const noexcept {
   first_weights(mixed, floats);
-  optimizer->initialize_state(spec.dimension, floats + spec.dimension);
+  fill_state(state, spec.dimension, floats + spec.dimension);
 }
 
 }  // namespace damo

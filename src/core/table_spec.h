@@ -67,6 +67,7 @@ struct TableShape {
   TableSpec spec;
   std::unique_ptr<Optimizer> optimizer;
   std::unique_ptr<Initializer> initializer;
+  std::vector<StateEntry> state;  // the optimizer's, which makes them anew at each call
   size_t state_floats = 0;
 
   explicit TableShape(TableSpec spec);

@@ -103,6 +103,33 @@ def test_an_operation_that_fails_does_not_move_the_clock(server: ForkServer, tmp
         assert told.answers[2] == trainee.digest(20)
 
 
+def test_memory_that_runs_out_once_in_an_update_of_new_keys_is_a_memory_error(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    """The names of the state of each new row were made anew, where nothing may be thrown: that ended the process."""
+    keys = np.arange(100)
+    update = Operation("apply_gradients", 200, keys, np.ones((100, 33), np.float32))
+    for nth in range(1, 1_000):
+        base = make_base(tmp_path / str(nth))
+        session = server.session()
+        try:
+            ask(session, trainee.watch, base)
+            ask(session, trainee.open_storage, base, SMALL.name, OPTIONS)
+            ask(session, trainee.weights_of, 200, keys)
+            ask(session, trainee.arm, faults.FAIL, "allocate", "", nth, errno.ENOMEM)
+            session.start("call", trainee.train, [update], START, after_errors=True)
+            told = listen(session)
+            assert told.ended, f"allocation {nth}: the process died"
+            hit = ask(session, trainee.disarm)[0]
+        finally:
+            session.kill()
+        shutil.rmtree(base)
+        assert {name for name, _, _ in told.raised.values()} <= {"MemoryError"}, f"allocation {nth}: {told.raised}"
+        if not hit:
+            break
+    assert 10 < nth < 999
+
+
 CHANGING = ("write", "sync", "rename", "link", "mkdir", "unlink", "truncate")
 KINDS = ("open", "read", *CHANGING)
 
