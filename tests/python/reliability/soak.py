@@ -51,8 +51,8 @@ LIMITS = """\
 ## What is not shown
 
 - A disk that says a sync is done which is not. No software finds that out.
-- Memory that runs out inside RocksDB, or for good: the process may end, which is as a kill. Once, elsewhere, it is a
-  MemoryError.
+- Memory that runs out inside RocksDB or nanobind, or for good: the process may end, which is as a kill. Once,
+  elsewhere, it is a MemoryError.
 - A read error in a table file in the moment in which it is handed to RocksDB: the builds of RocksDB that
   distributions ship end the process then. What was logged is redone at the next open.
 - More than one flipped bit may pass a checksum, with a probability of 2^-32 (rows, tables) or 2^-64 (our own files).
