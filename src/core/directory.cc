@@ -159,13 +159,13 @@ void StorageDirectory::replace_generation(const std::function<void(const fs::pat
     if (planted("old generations removed before the switch")) remove_generations_but(fresh, working);
     write_file_atomically(path_ / "CURRENT", name + " " + checksum_text(name) + "\n");
   } catch (...) {
-    // Unless the switch happened and only its sync failed.
-    bool live = false;
+    // Unless the switch happened and only its sync failed; also where that cannot be told. The next open will.
+    bool may_be_live = true;
     try {
-      live = fs::exists(path_ / "CURRENT") && generation() == fresh;
+      may_be_live = fs::exists(path_ / "CURRENT") && generation() == fresh;
     } catch (...) {
     }
-    if (!live) try_to_remove_tree(fresh);
+    if (!may_be_live) try_to_remove_tree(fresh);
     throw;
   }
   if (is_new_) {

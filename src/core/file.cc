@@ -160,8 +160,14 @@ void fsync_file(const std::filesystem::path& path) { FileDescriptor("sync", path
 void fsync_directory(const std::filesystem::path& path) { FileDescriptor("sync", path, O_RDONLY | O_DIRECTORY).sync(); }
 
 std::vector<std::filesystem::path> list_directory(std::string_view operation, const std::filesystem::path& path) {
-  const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(path.c_str()), ::closedir);
-  if (directory == nullptr) throw_system_error(operation, path);
+  const int fd = retry([&] { return ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); });
+  if (fd < 0) throw_system_error(operation, path);
+  const std::unique_ptr<DIR, int (*)(DIR*)> directory(::fdopendir(fd), ::closedir);
+  if (directory == nullptr) {
+    const int error = errno;
+    ::close(fd);
+    throw_system_error(operation, path, error);
+  }
   std::vector<std::filesystem::path> found;
   for (;;) {
     errno = 0;

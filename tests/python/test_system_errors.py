@@ -130,6 +130,45 @@ def test_memory_that_runs_out_once_in_an_update_of_new_keys_is_a_memory_error(
     assert 10 < nth < 999
 
 
+def test_a_commit_that_fails_for_good_at_any_opening_of_a_file_leaves_a_commit(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    """One whose switch had happened, and whose file CURRENT could then not be read, was removed."""
+    options = {**OPTIONS, "durability": "commit"}
+    commits = [Operation("commit", number=1, extra=b"one"), Operation("commit", number=2, extra=b"two")]
+    for nth in range(1, 200):
+        base = make_base(tmp_path / str(nth))
+        oracle = Oracle(SMALL.groups, START)
+        session = server.session()
+        try:
+            ask(session, trainee.watch, base)
+            ask(session, trainee.open_storage, base, SMALL.name, options)
+            session.start("call", trainee.train, [apply(range(50)), commits[0], apply(range(60))], START)
+            assert listen(session).ended
+            ask(session, trainee.arm, faults.FAIL_FOR_GOOD, "open", "", nth, errno.EMFILE)
+            session.start("call", trainee.train, commits[1:], START, after_errors=True)
+            told = listen(session)
+            hit = ask(session, trainee.disarm)[0]
+        finally:
+            session.kill()
+        assert told.ended, f"opening {nth}: the process died"
+        moments = []
+        for operation in (apply(range(50)), commits[0], apply(range(60)), commits[1]):
+            oracle.perform(operation)
+            if operation.verb == "commit":
+                moments.append(oracle.moment())
+        session = server.session()
+        try:
+            found = ask(session, trainee.recover, base, SMALL.name, OPTIONS)
+            oracle.compare_moments(found, moments if told.raised else moments[1:])
+        finally:
+            session.kill()
+        shutil.rmtree(base)
+        if not hit:
+            break
+    assert 5 < nth < 199
+
+
 CHANGING = ("write", "sync", "rename", "link", "mkdir", "unlink", "truncate")
 KINDS = ("open", "read", *CHANGING)
 
