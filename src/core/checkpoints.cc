@@ -113,7 +113,8 @@ void check_layouts(const fs::path& checkpoint, const std::vector<TableSpec>& wan
 CheckpointList list_checkpoints(const fs::path& directory) {
   CheckpointList list;
   std::error_code error;
-  if (!fs::exists(directory, error) && !error) return list;
+  (void)fs::status(directory, error);
+  if (error == std::errc::no_such_file_or_directory) return list;  // below a file, say, is an error
   for (const fs::path& path : list_directory("list checkpoints", directory)) {
     if (is_no_checkpoint_by_name(path.filename()) || !fs::is_directory(fs::symlink_status(path))) continue;
     std::error_code ignored;

@@ -340,8 +340,9 @@ def test_wrong_arguments_are_refused_before_anything_is_made(path: Path, kept: P
     with pytest.raises(ValueError, match="memory"):
         de.Storage.open_or_restore(path, kept, memory=1)
     (kept / "file").write_text("x")
-    with pytest.raises(de.StorageError, match=r"\[list checkpoints\] .*file: Not a directory"):
-        open_or_restore(path, kept / "file")
+    for wrong in (kept / "file", kept / "file" / "below"):
+        with pytest.raises(de.StorageError, match=rf"\[list checkpoints\] {wrong}: Not a directory"):
+            open_or_restore(path, wrong)
     assert not path.exists()
 
 
