@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import xxhash
 
-from comparing import files_of
 from reliability import trainee
 from reliability.oracle import Found, Operation, Oracle
 from reliability.suite import DiedError, ServedSuite, ask, expect, listen, make_base, scratch
@@ -22,20 +22,53 @@ OPTIONS: dict[str, Any] = {"memory": "16MiB", "threads": 1, "log_bytes": "1MiB"}
 DAMAGES = ("a bit", "a bit", "a bit", "the end cut off", "zeros", "another byte")
 
 
+# A directory: its files by their relative names, and the directories in it, which have no content.
+Tree = dict[str, bytes | None]
+
+
+def read_tree(directory: Path) -> Tree:
+    tree: Tree = {}
+    for above, directories, files in os.walk(directory):
+        within = "" if above == str(directory) else os.path.relpath(above, directory) + "/"
+        tree |= {within + name: None for name in directories}
+        for name in files:
+            with open(os.path.join(above, name), "rb") as file:
+                tree[within + name] = file.read()
+    return tree
+
+
+def write_tree(tree: Tree, directory: Path) -> None:
+    """Makes the directory."""
+    os.mkdir(directory)
+    for name, content in tree.items():  # a directory comes before what is in it
+        path = f"{directory}/{name}"
+        if content is None:
+            os.mkdir(path)
+            continue
+        with open(path, "xb", buffering=0) as file:
+            assert file.write(content) == len(content)
+
+
+def ours(tree: Tree) -> Tree:
+    """What a storage that is refused must leave as it is. RocksDB turns its manifest over when it is opened."""
+    return {name: content for name, content in tree.items() if name != "LOCK" and "/rocksdb/" not in name}
+
+
 @dataclass
 class Specimen:
     """A storage at rest. It comes back with exactly `high` when nothing is damaged."""
 
-    base: Path
+    storage: Tree
+    checkpoint: Tree
     oracle: Oracle
     low: int  # how far its log is synced
     high: int
-    checkpoint: Path
 
 
-def damage(random: np.random.Generator, file: Path) -> str:
+def damage(random: np.random.Generator, tree: Tree, name: str) -> str:
     """Changes a file; says how, or "" when it is as it was."""
-    before = file.read_bytes()
+    before = tree[name]
+    assert before is not None
     content = bytearray(before)
     kind = DAMAGES[int(random.integers(len(DAMAGES)))]
     at = int(random.integers(len(content))) if content else 0
@@ -49,20 +82,20 @@ def damage(random: np.random.Generator, file: Path) -> str:
             content[at:end] = bytes(end - at)
         else:
             content[at] = int(random.integers(256))
-    if bytes(content) == before:
+    if content == before:
         return ""
-    # A new file, for the old one may have other names.
-    file.unlink()
-    file.write_bytes(content)
+    tree[name] = bytes(content)
     return f"{kind} at {at} of {len(before)}"
 
 
-def damage_row(random: np.random.Generator, file: Path) -> str:
+def damage_row(random: np.random.Generator, tree: Tree, name: str) -> str:
     """Changes a bit of a row in a table file, and makes its block's checksum right: as memory could, before it is made.
 
     As damage(); "" also when there is no row near a place that was drawn.
     """
-    content = bytearray(file.read_bytes())
+    before = tree[name]
+    assert before is not None
+    content = bytearray(before)
     begin = 0
     for _ in range(int(random.integers(3))):
         end = _block_end(content, begin)
@@ -87,8 +120,7 @@ def damage_row(random: np.random.Generator, file: Path) -> str:
     changed = place + int(random.integers(size))
     content[changed] ^= 1 << int(random.integers(8))
     content[end + 1 : end + TRAILER] = _block_checksum(content, begin, end)
-    file.unlink()
-    file.write_bytes(content)
+    tree[name] = bytes(content)
     return f"a bit of a row at {changed} of {len(content)}, under a checksum that is right,"
 
 
@@ -127,8 +159,6 @@ class Damaged(ServedSuite):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._scratch = scratch()
-        self._directory = self._scratch.__enter__()
         self._specimens: dict[int, Specimen] = {}
         self._session: Session | None = None
         return self
@@ -136,7 +166,6 @@ class Damaged(ServedSuite):
     def __exit__(self, *exception: Any) -> None:
         if self._session is not None:
             self._session.kill()
-        self._scratch.__exit__(*exception)
         super().__exit__(*exception)
 
     @property
@@ -147,11 +176,11 @@ class Damaged(ServedSuite):
 
     def specimen(self, number: int) -> Specimen:
         if number not in self._specimens:
-            self._specimens[number] = self._make(number)
+            with scratch() as directory:
+                self._specimens[number] = self._make(number, make_base(directory / "base"))
         return self._specimens[number]
 
-    def _make(self, number: int) -> Specimen:
-        base = make_base(self._directory / f"specimen-{number}")
+    def _make(self, number: int, base: Path) -> Specimen:
         workload = Workload([number, 31], SMALL)
         oracle = Oracle(SMALL.groups, START)
         checkpoint = base / "checkpoints" / "all"
@@ -177,7 +206,8 @@ class Damaged(ServedSuite):
         finally:
             session.kill()
         assert low <= oracle.sequence
-        return Specimen(base, oracle, low, oracle.sequence, checkpoint)
+        oracle.rows_at = cache(oracle.rows_at)  # type: ignore[method-assign]  # nothing happens to it any more
+        return Specimen(read_tree(base / "table.damo"), read_tree(checkpoint), oracle, low, oracle.sequence)
 
     def recover(self, base: Path, checkpoint: Path | None = None) -> Found | tuple[str, str]:
         """What is there, or the error that says it is damaged."""
@@ -202,57 +232,63 @@ class Flips(Damaged):
     def case(self, seed: int) -> None:
         random = np.random.default_rng([seed, 32])
         specimen = self.specimen(int(random.integers(self.SPECIMENS)))
-        with scratch() as directory:
-            base = directory / "base"
-            if random.random() < 0.3:
-                self._damage_checkpoint(random, specimen, base)
-            else:
-                self._damage_storage(random, specimen, base)
-
-    def _damage_storage(self, random: np.random.Generator, specimen: Specimen, base: Path) -> None:
-        shutil.copytree(specimen.base, base, ignore=shutil.ignore_patterns("checkpoints"))
-        (base / "checkpoints").mkdir()
-        storage = base / "table.damo"
-        generation = next(storage.glob("generation-*"))
-        logs = sorted((generation / "log").iterdir())
-        places = [storage / "CURRENT", generation / "MANIFEST", generation / "rocksdb" / "COMMITTED", *logs, *logs]
-        places += [file for file in [generation / "presence"] if file.exists()]
-        places += sorted(generation.glob("filter-*"))
-        file = places[int(random.integers(len(places)))]
-        how = damage(random, file)
+        of_checkpoint = random.random() < 0.3
+        tree = dict(specimen.checkpoint if of_checkpoint else specimen.storage)
+        name = self._pick_of_checkpoint(random, tree) if of_checkpoint else self._pick(random, tree)
+        how = damage(random, tree, name)
         if not how:
             return
-        before = files_of(storage, ["rocksdb"])  # RocksDB turns its manifest over when it is opened
-        found = self.recover(base)
-        name = str(file.relative_to(storage))
         try:
-            if isinstance(found, tuple):
-                assert found[0] == "CorruptionError", f"opening raised {found}"
-                assert file.name != "presence", f"a damaged filter is no error, but {found}"
-                assert files_of(storage, ["rocksdb"]) == before, f"{found}, but files have changed"
-            else:
-                low = specimen.low if file == logs[-1] else specimen.high
-                specimen.oracle.compare(found, low, specimen.high)
+            with scratch() as base:
+                if of_checkpoint:
+                    self._restore_damaged(tree, base)
+                else:
+                    self._open_damaged(specimen, tree, name, base)
         except AssertionError as wrong:
-            wrong.add_note(f"{how} in {name}")
+            wrong.add_note(f"{how} in {name}{' of a checkpoint' if of_checkpoint else ''}")
             raise
-        self._count("log" if file.parent.name == "log" else file.name.split("-")[0], found)
 
-    def _damage_checkpoint(self, random: np.random.Generator, specimen: Specimen, base: Path) -> None:
-        make_base(base)
-        checkpoint = base / "damaged"
-        shutil.copytree(specimen.checkpoint, checkpoint)
-        listed = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
-        # CHECKPOINT and the small files as often as the large ones.
-        file = listed[int(random.integers(len(listed)))] if random.random() < 0.5 else checkpoint / "CHECKPOINT"
-        how = damage(random, file)
-        if not how:
-            return
+    def _pick(self, random: np.random.Generator, tree: Tree) -> str:
+        logs = self._logs(tree)
+        (manifest,) = (name for name in tree if name.count("/") == 1 and name.endswith("/MANIFEST"))
+        generation = manifest.removesuffix("MANIFEST")
+        names = ["CURRENT", manifest, f"{generation}rocksdb/COMMITTED", *logs, *logs]
+        names += [name for name in [f"{generation}presence"] if name in tree]
+        names += sorted(name for name in tree if name.startswith(f"{generation}filter-"))
+        return names[int(random.integers(len(names)))]
+
+    @staticmethod
+    def _logs(tree: Tree) -> list[str]:
+        return sorted(name for name in tree if "/log/" in name)
+
+    @staticmethod
+    def _pick_of_checkpoint(random: np.random.Generator, tree: Tree) -> str:
+        """CHECKPOINT and the small files as often as the large ones."""
+        listed = sorted(name for name, content in tree.items() if content is not None)
+        return listed[int(random.integers(len(listed)))] if random.random() < 0.5 else "CHECKPOINT"
+
+    def _open_damaged(self, specimen: Specimen, tree: Tree, name: str, base: Path) -> None:
+        storage = make_base(base) / "table.damo"
+        write_tree(tree, storage)
+        found = self.recover(base)
+        kind = "log" if "/log/" in name else name.rpartition("/")[2].split("-")[0]
+        if isinstance(found, tuple):
+            assert found[0] == "CorruptionError", f"opening raised {found}"
+            assert kind != "presence", f"a damaged filter is no error, but {found}"
+            assert ours(read_tree(storage)) == ours(tree), f"{found}, but files have changed"
+        else:
+            low = specimen.low if name == self._logs(tree)[-1] else specimen.high
+            specimen.oracle.compare(found, low, specimen.high)
+        self._count(kind, found)
+
+    def _restore_damaged(self, tree: Tree, base: Path) -> None:
+        checkpoint = make_base(base) / "damaged"
+        write_tree(tree, checkpoint)
         found = self.recover(base, checkpoint)
-        name = str(file.relative_to(checkpoint))
-        assert isinstance(found, tuple), f"{how} in {name} of a checkpoint: it was restored all the same"
-        assert found[0] == "CorruptionError", f"{how} in {name} of a checkpoint: restoring raised {found}"
-        assert not (base / "table.damo").exists(), f"{how} in {name} of a checkpoint: something was restored"
+        assert isinstance(found, tuple), "it was restored all the same"
+        assert found[0] == "CorruptionError", f"restoring raised {found}"
+        assert not (base / "table.damo").exists(), "something was restored"
+        assert read_tree(checkpoint) == tree, f"{found}, but files of the checkpoint have changed"
         self._count("checkpoint", found)
 
     def _count(self, name: str, found: Found | tuple[str, str]) -> None:
@@ -272,30 +308,30 @@ class ColdFlips(Damaged):
     def case(self, seed: int) -> None:
         random = np.random.default_rng([seed, 33])
         specimen = self.specimen(int(random.integers(self.SPECIMENS)))
-        with scratch() as directory:
-            base = directory / "base"
-            shutil.copytree(specimen.base, base, ignore=shutil.ignore_patterns("checkpoints"))
-            cold = next((base / "table.damo").glob("generation-*")) / "rocksdb"
-            files = [file for file in sorted(cold.iterdir()) if file.is_file() and file.stat().st_size > 0]
-            tables = [file for file in files if file.suffix == ".sst"]
-            pick = tables if tables and random.random() < 0.7 else files
-            file = pick[int(random.integers(len(pick)))]
-            if file.suffix == ".sst" and random.random() < 0.2:
-                how = [damage_row(random, file)]
-            else:
-                how = [damage(random, file) for _ in range(int(random.integers(1, 4)))]
-            if not any(how):
-                return
+        tree = dict(specimen.storage)
+        files = sorted(name for name, content in tree.items() if "/rocksdb/" in name and content)
+        tables = [name for name in files if name.endswith(".sst")]
+        pick = tables if tables and random.random() < 0.7 else files
+        name = pick[int(random.integers(len(pick)))]
+        if name in tables and random.random() < 0.2:
+            how = [damage_row(random, tree, name)]
+        else:
+            how = [damage(random, tree, name) for _ in range(int(random.integers(1, 4)))]
+        if not any(how):
+            return
+        with scratch() as base:
+            write_tree(tree, make_base(base) / "table.damo")
             try:
                 answer = ask(self.session, trainee.try_to_read_all, base, SMALL.name, OPTIONS, self._keys(specimen))
                 self._check(specimen, answer)
             except DiedError as died:
                 self._session = None
-                raise AssertionError(f"the process died: {how} in {file.name}") from died
+                raise AssertionError(f"the process died: {how} in {name}") from died
             except AssertionError as wrong:
-                wrong.add_note(f"{how} in {file.name}")
+                wrong.add_note(f"{how} in {name}")
                 raise
-        kind = file.suffix or file.name.split("-")[0]
+        file = name.rpartition("/")[2]
+        kind = ".sst" if file.endswith(".sst") else file.split("-")[0]
         self.done["damaged files"] += 1
         self.done[f"{kind}: {'noticed' if answer['errors'] else 'no harm'}"] += 1
 
