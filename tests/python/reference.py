@@ -629,6 +629,10 @@ class ReferenceRow:
     step: int = 0  # the group's step of the last update; of creation until the first
     time: int = 0  # of the last update; of creation until the first
 
+    def copied(self) -> ReferenceRow:
+        """With the same arrays, which are replaced and never written to."""
+        return ReferenceRow(self.weights, self.state, self.update_count, self.step, self.time)
+
 
 class ReferenceTable:
     """One group: a dict from the key's 64 bits to its row, in order of insertion.

@@ -82,6 +82,21 @@ def layout(capacity: int, fpr: float) -> tuple[int, int]:
     return math.ceil(2 * capacity / (LINES * found[0])), found[1]
 
 
+@functools.lru_cache(10_000)
+def _places(key: int, pages: int, per_line: int) -> list[tuple[int, int, int]]:
+    hashed = mix(key)
+    page, first = hashed * pages >> 64, hashed % 64
+    second = first ^ (1 + ((hashed >> 6) % 65_536 * 63 >> 16))
+    numbers: list[int] = []
+    word = hashed
+    while len(numbers) < 2 * per_line:
+        word = (word + GOLDEN) & MASK64
+        nine = mix(word)
+        numbers += [nine >> 7 * i & 127 for i in range(9)]
+    lines = [first] * per_line + [second] * per_line
+    return [(page, line, number) for line, number in zip(lines, numbers[: len(lines)], strict=True)]
+
+
 class ReferenceFilter:
     """The counters, one a byte: [pages, lines, counters of a line]."""
 
@@ -92,16 +107,7 @@ class ReferenceFilter:
 
     def places(self, key: int) -> list[tuple[int, int, int]]:
         """Page, line and number of each of the key's counters."""
-        hashed = mix(key)
-        page, first = hashed * self.pages >> 64, hashed % 64
-        second = first ^ (1 + ((hashed >> 6) % 65_536 * 63 >> 16))
-        numbers: list[int] = []
-        word = hashed
-        while len(numbers) < 2 * self.per_line:
-            word = (word + GOLDEN) & MASK64
-            numbers += [mix(word) >> 7 * i & 127 for i in range(9)]
-        lines = [first] * self.per_line + [second] * self.per_line
-        return [(page, line, number) for line, number in zip(lines, numbers[: len(lines)], strict=True)]
+        return _places(key, self.pages, self.per_line)
 
     def estimate(self, key: int) -> int:
         return min(int(self.counters[place]) for place in self.places(key))

@@ -8,6 +8,7 @@ training job, and the next session opens within milliseconds.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import select
@@ -136,6 +137,7 @@ def serve(connection: Connection) -> None:
 
 def run_fork_server(address: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
+    gc.freeze()  # else the first collection in each child writes to, and so copies, all that was imported
     with Listener(address, "AF_UNIX", backlog=16) as listener:
         socket = listener._listener._socket  # type: ignore[attr-defined]
         print("ready", flush=True)

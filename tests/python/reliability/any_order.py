@@ -102,8 +102,7 @@ class Oracle:
         other = copy.copy(self)
         other.tables = {number: copy.copy(table) for number, table in self.tables.items()}
         for table in other.tables.values():
-            # The arrays of a row are replaced, never written to.
-            table.rows = {key: copy.copy(row) for key, row in table.rows.items()}
+            table.rows = {key: row.copied() for key, row in table.rows.items()}
         return other
 
     def rows(self, group: int) -> dict[int, Row]:

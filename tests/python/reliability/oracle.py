@@ -124,7 +124,9 @@ class Oracle:
     def _current_numbers(self) -> Numbers:
         return Numbers(
             {
-                group: sum(self._alive(group, row, self._clock, table.step) for row in table.rows.values())
+                group: len(table.rows)
+                if self._ttls[group] is None
+                else sum(self._alive(group, row, self._clock, table.step) for row in table.rows.values())
                 for group, table in self.tables.items()
             },
             {group: table.step for group, table in self.tables.items()},
@@ -142,8 +144,7 @@ class Oracle:
                 self._keys[group].append(key)
             sequences, versions = self._versions.setdefault((group, key), ([], []))
             sequences.append(self.sequence)
-            # The arrays of a row are replaced, never written to, so a shallow copy keeps them.
-            versions.append(None if row is None else copy.copy(row))
+            versions.append(None if row is None else row.copied())
         self._numbers.append(self._current_numbers())
 
     def table_now(self, group: int) -> ReferenceTable:
@@ -293,8 +294,8 @@ class Oracle:
             version = self.version_at(group, key, sequence)
             if version is not None:
                 since, row = version
-                other.tables[group].rows[key] = copy.copy(row)
-                other._versions[group, key] = ([since], [copy.copy(row)])
+                other.tables[group].rows[key] = row.copied()
+                other._versions[group, key] = ([since], [row.copied()])
                 other._keys[group].append(key)
         other._numbers = [other._current_numbers()]
         assert other._numbers[0].rows == {group: len(rows.keys) for group, rows in self.rows_at(sequence).items()}
