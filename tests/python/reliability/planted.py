@@ -105,7 +105,7 @@ def main() -> int:
     if clean:
         print(f"{clean} fails without a defect: {said}")
         return 1
-    what, commit = soak.code()
+    what, commit = soak.code(*SUITES)
     entry = soak.load().get("planted", {})
     if entry.get("code") != what:
         entry = {"code": what, "defects": {}}

@@ -2,15 +2,16 @@
 """Runs suites at any size, goes on where it was stopped, and writes docs/reliability.md.
 
 The record is docs/reliability.json: for each suite the code, the first seed, how many cases are done in a row, and
-what they did. Other code or another first seed begins anew; a commit that changes neither the package nor the suites
-goes on, also on another machine. A case is a seed, so a failure is one number. What is run with changes that are not
-committed shows nothing of a commit: it is kept in build/soak, apart.
+what they did. Other code or another first seed begins anew; a commit that changes neither the package nor what the
+suite imports goes on, also on another machine. A case is a seed, so a failure is one number. What is run with changes
+that are not committed shows nothing of a commit: it is kept in build/soak, apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -21,6 +22,8 @@ import sys
 import time
 import traceback
 from collections import Counter
+from functools import cache
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,9 @@ from reliability.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCS, APART = ROOT / "docs", ROOT / "build" / "soak"
-# What a case depends on: the package, and the suites with what they import; not who runs them.
-CODE = (
-    "CMakeLists.txt", "CMakePresets.json", "pyproject.toml", "src", "tests", ":!tests/core", ":!tests/python/test_*",
-    *(f":!tests/python/reliability/{name}.py" for name in ("soak", "planted", "sanitized")),
-)  # fmt: skip
+# What every case depends on: the package, and how it is built. What else one does, its suite says, and its imports.
+PACKAGE = ("CMakeLists.txt", "pyproject.toml", "src")
+TESTS = ROOT / "tests" / "python"
 
 
 INTRODUCTION = """\
@@ -63,11 +64,23 @@ def git(*arguments: str) -> str:
     return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def code() -> tuple[str, str]:
-    """A name for the code that is run, and the commit; with a mark for what is not committed and shows nothing."""
-    name = hashlib.sha256(git("ls-files", "--stage", "--", *CODE).encode()).hexdigest()[:16]
-    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *CODE) else ""
-    return name + dirty, git("rev-parse", "--short", "HEAD").strip() + dirty
+@cache
+def depends_on(name: str) -> tuple[str, ...]:
+    """The files and folders that decide what a case of a suite does."""
+    kind = SUITES[name]
+    finder = ModuleFinder(path=[str(TESTS)])
+    finder.run_script(inspect.getfile(kind))
+    found = {Path(module.__file__) for module in finder.modules.values() if module.__file__}
+    modules = sorted(str(path.resolve().relative_to(ROOT)) for path in found)
+    return (*PACKAGE, *kind.files, *modules)
+
+
+def code(*names: str) -> tuple[str, str]:
+    """A name for what suites run, and the commit; with a mark for what is not committed and shows nothing."""
+    paths = sorted({path for name in names for path in depends_on(name)})
+    digest = hashlib.sha256(git("ls-files", "--stage", "--", *paths).encode()).hexdigest()[:16]
+    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *paths) else ""
+    return digest + dirty, git("rev-parse", "--short", "HEAD").strip() + dirty
 
 
 def machine() -> str:
@@ -76,7 +89,7 @@ def machine() -> str:
 
 
 def _record() -> Path:
-    return (APART if code()[0].endswith("-dirty") else DOCS) / "reliability.json"
+    return (APART if code(*SUITES)[0].endswith("-dirty") else DOCS) / "reliability.json"
 
 
 def load() -> dict[str, Any]:
@@ -120,7 +133,7 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
     """Goes on with a suite; returns its entry in the record."""
     kind = SUITES[name]
     entry = load().get(name)
-    what, commit = code()
+    what, commit = code(name)
     if entry is None or (entry["code"], entry["first_seed"]) != (what, first):
         entry = {"code": what, "first_seed": first, "cases": 0, "done": {}, "failures": [], "seconds": 0.0}
     entry["commit"] = commit

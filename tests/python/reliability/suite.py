@@ -42,6 +42,7 @@ class Suite(ABC):
     unit: ClassVar[str]  # what is counted; a key of `done`
     small: ClassVar[int]  # units in scripts/test
     full: ClassVar[int]  # units in scripts/soak
+    files: ClassVar[tuple[str, ...]] = ()  # what it depends on beside the package and the modules that it imports
 
     def __init__(self) -> None:
         self.done: Counter[str] = Counter()
@@ -58,6 +59,8 @@ class Suite(ABC):
 
 class ServedSuite(Suite):
     """A suite whose storages live in processes of a fork server."""
+
+    files = ("tests/faults",)
 
     def environment(self) -> dict[str, str] | None:
         return None
