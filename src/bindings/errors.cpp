@@ -3,6 +3,9 @@
 // Each exception of the core as the Python class of the same name in damo_embedding/errors.py.
 #include <nanobind/nanobind.h>
 
+#include <filesystem>
+#include <stdexcept>
+#include <string>
 #include <system_error>
 
 #include "error.h"
@@ -42,6 +45,8 @@ void bind_errors(nb::module_&) {
       raise("ForkedHandleError", error);
     } catch (const damo::Error& error) {
       raise("DamoError", error);
+    } catch (const std::filesystem::filesystem_error& error) {
+      raise("StorageError", std::runtime_error("[storage] " + error.path1().string() + ": " + error.code().message()));
     } catch (const std::system_error& error) {  // of a file, or of a thread that could not be started
       raise("StorageError", error);
     }

@@ -36,7 +36,7 @@ auto order_of(const CheckpointInfo& info) { return std::tie(info.created, info.s
 void remove_directory(const fs::path& directory) {
   std::error_code absent;
   fs::remove(directory / "CHECKPOINT", absent);
-  if (absent) throw fs::filesystem_error("[checkpoint] remove", directory / "CHECKPOINT", absent);
+  if (absent) throw_system_error("checkpoint", directory / "CHECKPOINT", absent.value());
   fsync_directory(directory);
   remove_tree("checkpoint", directory);
 }

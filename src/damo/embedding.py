@@ -12,8 +12,8 @@ from damo.initializer import PyInitializer
 from damo.optimizer import PyOptimizer
 from damo.storage import PyStorage
 from damo_embedding import _core
+from damo_embedding.integers import parse_int
 from damo_embedding.keys import Keys, parse_keys
-from damo_embedding.storage import _parse_int
 
 __all__ = ["PyEmbedding"]
 
@@ -46,8 +46,8 @@ class PyEmbedding:
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"[PyEmbedding] {name} is {type(value).__name__}, expected a {kind.__name__}")
-        self._dimension = _parse_int("PyEmbedding", "dimension", dimension, 1, _core.MAX_DIMENSION)
-        number = _parse_int("PyEmbedding", "group", group, 0, 255)
+        self._dimension = parse_int("PyEmbedding", "dimension", dimension, 1, _core.MAX_DIMENSION)
+        number = parse_int("PyEmbedding", "group", group, 0, 255)
         self._shared = storage._shared
         self._group = self._shared.run(
             lambda _: self._shared.group(self, number, self._dimension, optimizer._optimizer, initializer._initializer)

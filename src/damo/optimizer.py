@@ -12,8 +12,8 @@ from damo.arrays import Floats, floats
 from damo.parameters import Parameters, choose, refuse_others, values_of
 from damo.schedules import learning_rate
 from damo_embedding import _core
+from damo_embedding.integers import parse_int
 from damo_embedding.settings import _BELOW_ONE, _MAX_FLOAT, _MIN_FLOAT, _number
-from damo_embedding.storage import _parse_int
 
 __all__ = ["PyOptimizer"]
 
@@ -133,7 +133,7 @@ class PyOptimizer:
         """
         out = floats("call", "weights", weights, self._size if self._row else None, filled=True)
         grads = floats("call", "gradients", gradients, out.size, filled=False)
-        number = _parse_int("call", "step", step, 0, 2**63 - 1)
+        number = parse_int("call", "step", step, 0, 2**63 - 1)
         if not np.isfinite(grads).all():
             raise ValueError(f"[call] gradients has {grads[~np.isfinite(grads)][0]}, expected finite numbers")
         if out.size == 0:

@@ -9,7 +9,8 @@ import damo_embedding as de
 from damo.checkpoints import replace_checkpoint
 from damo.open_storages import open_storage
 from damo.parameters import Parameters, refuse_others, values_of
-from damo_embedding.storage import _parse_int, parse_path
+from damo_embedding.integers import parse_int
+from damo_embedding.storage import parse_path
 
 __all__ = ["PyStorage"]
 
@@ -37,7 +38,7 @@ class PyStorage:
 
     def __init__(self, data_dir: str, ttl_seconds: int) -> None:
         path = parse_path("PyStorage", "data_dir", data_dir)
-        ttl = _parse_int("PyStorage", "ttl_seconds", ttl_seconds, -(2**63), 2**40)
+        ttl = parse_int("PyStorage", "ttl_seconds", ttl_seconds, -(2**63), 2**40)
         self._shared = open_storage(path, ttl if ttl > 0 else "never")
 
     def dump(self, path: str, condition: Parameters | None = None) -> None:
@@ -56,8 +57,7 @@ class PyStorage:
         values = {} if condition is None else values_of("dump", "condition", condition)
         refuse_others("dump", values, _HIGHEST)
         checked: dict[str, Any] = {
-            name: _parse_int("dump", name, value, 0, _HIGHEST[name])  # type: ignore[arg-type]
-            for name, value in values.items()
+            name: parse_int("dump", name, value, 0, _HIGHEST[name]) for name, value in values.items()
         }
 
         def dump(storage: de.Storage) -> None:

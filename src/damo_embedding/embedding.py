@@ -15,6 +15,7 @@ from damo_embedding.admission import Admission, parse_admission
 from damo_embedding.errors import SchemaMismatchError
 from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.initializers import Initializer
+from damo_embedding.integers import parse_int
 from damo_embedding.keys import Keys, parse_keys
 from damo_embedding.lifetimes import Steps, Ttl, parse_ttl, show_ttl
 from damo_embedding.optimizers import Optimizer
@@ -112,18 +113,11 @@ class Embedding:
             raise TypeError(f"[embedding] optimizer is {optimizer!r}, expected an optimizer such as Adam(lr=1e-3)")
         if not isinstance(initializer, Initializer):
             raise TypeError(f"[embedding] initializer is {initializer!r}, expected one such as Uniform(-0.01, 0.01)")
-        for name, value, low, high in (
-            ("dimension", dimension, 1, _core.MAX_DIMENSION),
-            ("seed", seed, 0, 2**64 - 1),
-            ("group", 0 if isinstance(group, str) else group, 0, 255),
-        ):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise TypeError(
-                    f"[embedding] {name} is {value!r}, expected an int" + (" or a name" if name == "group" else "")
-                )
-            if not low <= int(value) <= high:
-                raise ValueError(f"[embedding] {name} is {value}, expected {low} to {high}")
-        if isinstance(group, str) and not 1 <= len(group.encode()) <= 255:
+        dimension = parse_int("embedding", "dimension", dimension, 1, _core.MAX_DIMENSION)
+        seed = parse_int("embedding", "seed", seed, 0, 2**64 - 1)
+        if not isinstance(group, str):
+            group = parse_int("embedding", "group", group, 0, 255, "an int or a name")
+        elif not 1 <= len(group.encode()) <= 255:
             raise ValueError(f"[embedding] the group's name has {len(group.encode())} bytes, expected 1 to 255")
         self._storage = storage
         self._optimizer = optimizer
@@ -259,7 +253,7 @@ class Embedding:
             ReadOnlyError: The storage is open read-only: pass insert=False.
         """
         array = parse_keys("lookup", keys)
-        if missing not in ("initial", "zeros"):
+        if not isinstance(missing, str) or missing not in ("initial", "zeros"):
             raise ValueError(f'[lookup] missing is {missing!r}, expected "initial" or "zeros"')
         shape = (*array.shape, self.dimension)
         if out is None:
@@ -400,11 +394,7 @@ class Embedding:
         Args:
             key: The key as a signed or unsigned 64-bit number.
         """
-        if isinstance(key, bool) or not hasattr(key, "__index__"):
-            raise TypeError(f"[inspect] key is {key!r}, expected an int")
-        if not -(2**63) <= int(key) < 2**64:
-            raise ValueError(f"[inspect] key is {key}, expected 64 bits")
-        row = self._table.inspect(int(key))
+        row = self._table.inspect(parse_int("inspect", "key", key, -(2**63), 2**64 - 1))
         if row is None:
             return None
         weights, state = self._split(np.array(row.floats, dtype=np.float32)[None])
@@ -437,11 +427,8 @@ class Embedding:
         Example:
             >>> sum(int(part.update_counts.sum()) for part in users.scan())  # doctest: +SKIP
         """
-        if isinstance(batch, bool) or not hasattr(batch, "__index__"):
-            raise TypeError(f"[scan] batch is {batch!r}, expected an int")
-        if not 1 <= int(batch) <= 2**24:
-            raise ValueError(f"[scan] batch is {batch}, expected 1 to {2**24}")
-        return self._scan(self._table.scan(), int(batch))
+        size = parse_int("scan", "batch", batch, 1, 2**24)
+        return self._scan(self._table.scan(), size)
 
     def _scan(self, scan: _core.Scan, batch: int) -> Iterator[Rows]:
         while True:

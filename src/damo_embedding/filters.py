@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from damo_embedding import _core
+from damo_embedding.integers import parse_int
 from damo_embedding.keys import Keys, parse_keys
 from damo_embedding.settings import _number
-from damo_embedding.storage import PathLike, _parse_int, parse_path
+from damo_embedding.storage import PathLike, parse_path
 
 __all__ = ["CountingBloomFilter"]
 
@@ -78,13 +79,13 @@ class CountingBloomFilter:
         halve_every: int | None = None,
     ) -> None:
         owner, limits = type(self).__name__, _core.StandaloneFilter
-        self._capacity = _parse_int(owner, "capacity", capacity, 1, limits.MAX_CAPACITY)
-        self._count = _parse_int(owner, "count", count, 1, limits.MAX_COUNT)
+        self._capacity = parse_int(owner, "capacity", capacity, 1, limits.MAX_CAPACITY)
+        self._count = parse_int(owner, "count", count, 1, limits.MAX_COUNT)
         self._fpr = _number(owner, "fpr", fpr, limits.MIN_FPR, limits.MAX_FPR)
         self._path = None if path is None else parse_path(owner, "path", path)
         if not isinstance(reload, bool):
             raise TypeError(f"[{owner}] reload is {reload!r}, expected True or False")
-        self._halve_every = None if halve_every is None else _parse_int(owner, "halve_every", halve_every, 1, 2**63 - 1)
+        self._halve_every = None if halve_every is None else parse_int(owner, "halve_every", halve_every, 1, 2**63 - 1)
         self._core = limits(self._capacity, self._count, self._fpr, self._halve_every or 0, self._path, reload)
 
     @property
@@ -125,7 +126,7 @@ class CountingBloomFilter:
             StorageError: The file could not be written (disk full), or another program has cut it off,
                 removed or replaced it. Nothing was counted.
         """
-        times = _parse_int("add", "num", num, 0, 2**32 - 1)
+        times = parse_int("add", "num", num, 0, 2**32 - 1)
         self._core.add(parse_keys("add", keys).reshape(-1), times)
 
     @overload

@@ -13,7 +13,10 @@ Keys = npt.ArrayLike
 
 def parse_keys(operation: str, keys: Keys) -> npt.NDArray[np.uint64]:
     """Keys as a C-contiguous uint64 array of the same shape; the bits of int64 are kept."""
-    array = np.asarray(keys)
+    try:
+        array = np.asarray(keys)
+    except (TypeError, ValueError, RuntimeError) as error:  # a ragged list, a tensor that NumPy cannot take
+        raise TypeError(f"[{operation}] keys are {type(keys).__name__}, expected an array of ints: {error}") from None
     if array.size == 0 and array.dtype == np.float64 and not isinstance(keys, np.ndarray):
         array = array.astype(np.int64)  # an empty list has no type
     if array.dtype not in (np.dtype(np.int64), np.dtype(np.uint64)):

@@ -7,6 +7,8 @@ import datetime
 import re
 from dataclasses import dataclass
 
+from damo_embedding.integers import as_int, parse_int
+
 __all__ = ["Steps", "Ttl"]
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
@@ -30,10 +32,7 @@ class Steps:
     count: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not hasattr(self.count, "__index__"):
-            raise TypeError(f"[ttl] count is {self.count!r}, expected an int")
-        if not 1 <= int(self.count) <= _MAX_STEPS:
-            raise ValueError(f"[ttl] count is {self.count}, expected 1 to {_MAX_STEPS} steps")
+        object.__setattr__(self, "count", parse_int("ttl", "count", self.count, 1, _MAX_STEPS, "an int, of steps"))
 
 
 Ttl = int | str | datetime.timedelta | Steps
@@ -44,21 +43,21 @@ def parse_ttl(operation: str, value: Ttl | None) -> tuple[int, int] | None:
     if value is None:
         return None
     if isinstance(value, Steps):
-        return _STEPS, int(value.count)
-    if value == "never":
-        return _NONE, 0
+        return _STEPS, value.count
     form = 'seconds, a text such as "30d" or "12h", a timedelta, Steps(n), or "never"'
     if isinstance(value, str):
+        if value == "never":
+            return _NONE, 0
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", value)
         if match is None:
             raise ValueError(f"[{operation}] ttl is {value!r}, expected {form}")
         seconds = round(float(match[1]) * _UNITS[match[2]])
     elif isinstance(value, datetime.timedelta):
         seconds = int(value.total_seconds())
-    elif isinstance(value, bool) or not hasattr(value, "__index__"):
+    elif (number := as_int(value)) is None:
         raise TypeError(f"[{operation}] ttl is {value!r} ({type(value).__name__}), expected {form}")
     else:
-        seconds = int(value)
+        seconds = number
     if not 1 <= seconds <= _MAX_SECONDS:
         raise ValueError(f"[{operation}] ttl is {value!r}, expected 1 to {_MAX_SECONDS} seconds")
     return _SECONDS, seconds

@@ -17,6 +17,7 @@ from typing import ClassVar, TypeAlias, TypeGuard, cast
 import numpy as np
 
 from damo_embedding import _core
+from damo_embedding.integers import parse_int
 from damo_embedding.settings import _MAX_FLOAT, _MIN_FLOAT, Described, _number
 
 __all__ = [
@@ -48,11 +49,7 @@ class Schedule(Described):
 
     def __call__(self, step: int) -> float:
         """The rate of a group's update number `step`: 0 for its first, whatever is beyond the end at the end."""
-        if isinstance(step, bool) or not hasattr(step, "__index__"):
-            raise TypeError(f"[schedule] step is {step!r} ({type(step).__name__}), expected an int")
-        if not 0 <= int(step) < 2**64:
-            raise ValueError(f"[schedule] step is {step}, expected 0 to {2**64 - 1}")
-        return _core.Rate(self._description()).at(int(step))
+        return _core.Rate(self._description()).at(parse_int("schedule", "step", step, 0, 2**64 - 1))
 
     def _settings(self) -> dict[str, float]:
         return {name: float(value) for name, value in super()._settings().items()}
@@ -66,12 +63,8 @@ class Schedule(Described):
         return cast(float, self.lr)  # type: ignore[attr-defined]
 
     def _take_steps(self, field: str) -> None:
-        steps = getattr(self, field)
-        if isinstance(steps, bool) or not hasattr(steps, "__index__"):
-            raise TypeError(f"[{type(self).__name__}] {field} is {steps!r} ({type(steps).__name__}), expected an int")
-        if not 1 <= int(steps) <= _MAX_STEPS:
-            raise ValueError(f"[{type(self).__name__}] {field} is {steps}, expected 1 to {_MAX_STEPS}")
-        object.__setattr__(self, field, int(steps))
+        steps = parse_int(type(self).__name__, field, getattr(self, field), 1, _MAX_STEPS)
+        object.__setattr__(self, field, steps)
 
 
 @dataclass(frozen=True, kw_only=True)

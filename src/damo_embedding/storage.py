@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import operator
 import os
 import re
 import threading
@@ -26,6 +25,7 @@ from damo_embedding.checkpoints import (
     verify_checkpoint,
 )
 from damo_embedding.errors import CorruptionError, ForkedHandleError, ReadOnlyError, StorageError
+from damo_embedding.integers import as_int, parse_int
 from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 from damo_embedding.progress import Progress, reporting
 from damo_embedding.rates import Rates
@@ -61,18 +61,10 @@ def _close_all() -> None:
             traceback.print_exc()  # the others are closed all the same
 
 
-def _index(value: object) -> int | None:
-    """What an int of any library is; None for floats, bools and everything else, arrays of them included."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
 def parse_bytes(argument: str, value: int | str) -> int:
     """A size in bytes: an int, or a text such as "2GiB" or "512 MiB"."""
     if not isinstance(value, str):
-        number = _index(value)
+        number = as_int(value)
         if number is None:
             raise TypeError(f'[open] {argument} is {value!r}, expected bytes as an int or a text such as "2GiB"')
         return number
@@ -100,17 +92,8 @@ def parse_path(operation: str, argument: str, value: PathLike) -> str:
     return path
 
 
-def _parse_int(operation: str, argument: str, value: int, low: int, high: int, expected: str = "an int") -> int:
-    number = _index(value)
-    if number is None:
-        raise TypeError(f"[{operation}] {argument} is {value!r}, expected {expected}")
-    if not low <= number <= high:
-        raise ValueError(f"[{operation}] {argument} is {number}, expected {low} to {high}")
-    return number
-
-
 def _step_and_extra(operation: str, step: int | None, extra: bytes | str | None) -> tuple[int, bytes]:
-    number = -1 if step is None else _parse_int(operation, "step", step, 0, 2**63 - 1)
+    number = -1 if step is None else parse_int(operation, "step", step, 0, 2**63 - 1)
     if extra is None:
         return number, b""
     if isinstance(extra, str):
@@ -237,7 +220,7 @@ class Storage:
             )
         if durability not in ("commit", "logged", "durable"):
             raise ValueError(f'[open] durability is {durability!r}, expected "commit", "logged" or "durable"')
-        count = 0 if threads is None else _parse_int("open", "threads", threads, 1, 1024)
+        count = 0 if threads is None else parse_int("open", "threads", threads, 1, 1024)
         log = 0 if log_bytes is None else parse_bytes("log_bytes", log_bytes)
         if log_bytes is not None and not 2**20 <= log < 2**62:
             raise ValueError(f"[open] log_bytes is {log}, expected at least {2**20} (1 MiB)")
@@ -523,7 +506,7 @@ class Storage:
 
     @now.setter
     def now(self, seconds: int) -> None:
-        given = _parse_int("now", "now", seconds, 0, 2**62, "whole seconds since 1970 as an int, e.g. int(time.time())")
+        given = parse_int("now", "now", seconds, 0, 2**62, "whole seconds since 1970 as an int, e.g. int(time.time())")
         self._core.now = given
         self._given_now = given
 
@@ -536,7 +519,7 @@ class Storage:
         Args:
             now: Sets the clock, as `storage.now = now` does. None: the wall clock, or what was set.
         """
-        return self._core.expire(None if now is None else _parse_int("expire", "now", now, 0, 2**62))
+        return self._core.expire(None if now is None else parse_int("expire", "now", now, 0, 2**62))
 
     def compact(self) -> None:
         """Rewrites the files without what expired, was erased, dropped or overwritten, to have its space back now.
@@ -560,9 +543,7 @@ class Storage:
 
     def _group_number(self, operation: str, group: int | str) -> int:
         """The number of a stored group that is given by number or name."""
-        wanted = (
-            group if isinstance(group, str) else _parse_int(operation, "group", group, 0, 255, "a number or a name")
-        )
+        wanted = group if isinstance(group, str) else parse_int(operation, "group", group, 0, 255, "a number or a name")
         groups = self.groups()
         found = [number for number, name in groups.items() if wanted in ((number, name) if name else (number,))]
         if not found:
@@ -647,7 +628,7 @@ class Storage:
         fill: Callable[[str], object] | None,
     ) -> None:
         """`fill` puts more files into the directory it is given, before that is the checkpoint."""
-        count = 0 if keep is None else _parse_int("checkpoint", "keep", keep, 1, 2**31 - 1)
+        count = 0 if keep is None else parse_int("checkpoint", "keep", keep, 1, 2**31 - 1)
         number, data = _step_and_extra("checkpoint", step, extra)
         text = parse_path("checkpoint", "directory", directory)
         for problem in self._core.checkpoint(text, number, data, count, fill):
@@ -698,9 +679,9 @@ class Storage:
             182345
         """
         number = None if group is None else self._group_number("dump", group)
-        count = _parse_int("dump", "min_count", min_count, 0, 2**32 - 1)
+        count = parse_int("dump", "min_count", min_count, 0, 2**32 - 1)
         since = (
-            None if expire_days is None else self.now - _DAY * _parse_int("dump", "expire_days", expire_days, 0, 10**9)
+            None if expire_days is None else self.now - _DAY * parse_int("dump", "expire_days", expire_days, 0, 10**9)
         )
         text = parse_path("dump", "path", path)
         thread = threading.get_ident()

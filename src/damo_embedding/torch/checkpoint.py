@@ -19,6 +19,7 @@ import torch
 
 from damo_embedding.checkpoints import Checkpoint, newest_first, pass_over, verify_checkpoint
 from damo_embedding.errors import CorruptionError, StorageError
+from damo_embedding.integers import parse_int
 from damo_embedding.storage import PathLike, Storage, parse_path
 from damo_embedding.torch.group import Group
 from damo_embedding.torch.optimizer import _groups_of
@@ -100,13 +101,12 @@ def save_checkpoint(
                 f'[{operation}] gradients of group "{group.label}" wait for the SparseOptimizer, and would not be in'
                 " the checkpoint: call its step() or zero_grad() before"
             )
-    if isinstance(step, bool) or not hasattr(step, "__index__"):
-        raise TypeError(f"[{operation}] step is {step!r}, expected an int")
+    step = parse_int(operation, "step", step, 0, 2**63 - 1)
     tensors: Tensors = {}
     state = model.state_dict()
     document = {
         "version": _VERSION,
-        "step": int(step),
+        "step": step,
         "model": encode(operation, "model", state, tensors),
         "model metadata": encode(operation, "model metadata", getattr(state, "_metadata", None), tensors),
         "optimizers": [

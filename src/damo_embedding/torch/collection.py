@@ -69,6 +69,10 @@ class EmbeddingCollection(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.missing = checked_missing(missing)
+        if not isinstance(features, Mapping):
+            raise TypeError(
+                f"[EmbeddingCollection] features is {type(features).__name__}, expected a Feature for each name"
+            )
         self.features = dict(features)
         if not self.features:
             raise ValueError("[EmbeddingCollection] features is empty, expected a Feature for each name")
@@ -103,6 +107,8 @@ class EmbeddingCollection(torch.nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, inputs: Mapping[str, Ids]) -> dict[str, torch.Tensor]:
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"[forward] inputs is {type(inputs).__name__}, expected ids for each feature: a dictionary")
         if inputs.keys() != self.features.keys():
             raise ValueError(f"[forward] features {_difference(inputs, self.features)}")
         lookups = [self._lookup(name, inputs[name]) for name in self.features]

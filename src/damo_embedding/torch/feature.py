@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Literal
 
+from damo_embedding._core import MAX_DIMENSION
 from damo_embedding.admission import parse_admission
 from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.initializers import Initializer
+from damo_embedding.integers import parse_int
 from damo_embedding.lifetimes import Ttl, parse_ttl
 from damo_embedding.optimizers import Optimizer
 from damo_embedding.torch.ids import padding_key
@@ -41,11 +42,8 @@ class Feature:
     admission: CountingBloomFilter | Literal["all"] | None = None
 
     def __post_init__(self) -> None:
-        try:
-            operator.index(self.dimension)
-        except TypeError:
-            raise TypeError(f"[Feature] dimension is {self.dimension!r}, expected an int") from None
-        if self.pooling is not None and self.pooling not in POOLINGS:
+        parse_int("Feature", "dimension", self.dimension, 1, MAX_DIMENSION)
+        if self.pooling is not None and not (isinstance(self.pooling, str) and self.pooling in POOLINGS):
             raise ValueError(f'[Feature] pooling is {self.pooling!r}, expected None, "sum" or "mean"')
         padding_key(self.padding_idx)
         parse_ttl("Feature", self.ttl)

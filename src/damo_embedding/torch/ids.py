@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from damo_embedding.integers import parse_int
 
 Keys = npt.NDArray[np.int64]
 
@@ -23,6 +23,8 @@ def keys_of(ids: torch.Tensor, what: str) -> Keys:
         raise TypeError(
             f"[forward] {what} is a {type(ids).__name__}, expected a torch.Tensor of int64, int32 or uint64"
         )
+    if ids.is_meta:
+        raise TypeError(f"[forward] {what} is on the device meta, expected ids that are somewhere")
     if ids.dtype is torch.int32:
         ids = ids.to(torch.int64)
     elif ids.dtype is torch.uint64:
@@ -41,12 +43,7 @@ def padding_key(padding_idx: int | None) -> int | None:
     """`padding_idx` as the int64 with the key's bits. Any key can be the padding, a negative one too."""
     if padding_idx is None:
         return None
-    try:
-        key = operator.index(padding_idx)
-    except TypeError:
-        raise TypeError(f"[torch] padding_idx is {padding_idx!r}, expected an int or None") from None
-    if not -(1 << 63) <= key < 1 << 64:
-        raise ValueError(f"[torch] padding_idx is {key}, expected a 64-bit key: -2**63 to 2**64 - 1")
+    key = parse_int("torch", "padding_idx", padding_idx, -(1 << 63), (1 << 64) - 1, "an int or None")
     return key - (1 << 64) if key >= 1 << 63 else key
 
 

@@ -23,7 +23,7 @@ Missing = Literal["initial", "zeros"]
 
 
 def checked_missing(missing: Missing) -> Missing:
-    if missing not in get_args(Missing):
+    if not isinstance(missing, str) or missing not in get_args(Missing):
         raise ValueError(f'[torch] missing is {missing!r}, expected "initial" or "zeros"')
     return missing
 

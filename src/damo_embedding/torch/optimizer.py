@@ -41,7 +41,13 @@ class SparseOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, modules: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
-        found = _groups_of([modules] if isinstance(modules, torch.nn.Module) else list(modules))
+        given = [modules] if isinstance(modules, torch.nn.Module) else modules
+        given = list(given) if isinstance(given, Iterable) else []
+        if not given or not all(isinstance(one, torch.nn.Module) for one in given):
+            raise TypeError(
+                f"[SparseOptimizer] modules is {type(modules).__name__}, expected a torch.nn.Module or several"
+            )
+        found = _groups_of(given)
         if not found:
             raise ValueError(
                 "[SparseOptimizer] the modules have no damo_embedding.torch.Embedding or EmbeddingCollection"
@@ -74,6 +80,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"[step] closure is {type(closure).__name__}, expected a function or None")
             with torch.enable_grad():
                 loss = closure()
         updates = {}
@@ -109,8 +117,11 @@ class SparseOptimizer(torch.optim.Optimizer):
             stand_in.grad = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        params = param_group["params"]
-        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        params = [params] if isinstance(params, torch.Tensor) else params
+        params = list(params) if isinstance(params, Iterable) else []
+        if not params:
+            raise TypeError("[SparseOptimizer] expected a dictionary with params: the stand-ins of groups")
         if not all(isinstance(param, RowGradients) for param in params):
             raise TypeError("[SparseOptimizer] params are dense tensors; give them to an optimizer of torch.optim")
         super().add_param_group({**param_group, "params": params})

@@ -73,7 +73,7 @@ class _Encoder:
         if isinstance(value, np.ndarray | np.generic):
             try:
                 tensor = torch.from_numpy(np.array(value))  # a copy
-            except TypeError:
+            except (TypeError, ValueError):  # ValueError: of the other byte order
                 raise self._refused(where, f"is an array of {value.dtype}") from None
             return {"$array" if isinstance(value, np.ndarray) else "$scalar": self._add(where, tensor)}
         raise self._refused(where, f"is {value!r} of type {kind.__name__}")

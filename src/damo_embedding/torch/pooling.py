@@ -48,12 +48,17 @@ class Bags:
 
 def bags_at(offsets: torch.Tensor, keys: Keys, pooling: str, padding: int | None, what: str) -> Bags:
     """Bags that begin at `offsets` in `keys`; the last one ends with the keys."""
-    if not isinstance(offsets, torch.Tensor) or offsets.dtype not in (torch.int64, torch.int32) or offsets.dim() != 1:
-        came = (
-            f"{tuple(offsets.shape)} of {offsets.dtype}"
-            if isinstance(offsets, torch.Tensor)
-            else f"a {type(offsets).__name__}"
-        )
+    if not (
+        isinstance(offsets, torch.Tensor)
+        and offsets.layout is torch.strided
+        and not (offsets.is_nested or offsets.is_meta)
+        and offsets.dtype in (torch.int64, torch.int32)
+        and offsets.dim() == 1
+    ):
+        came = f"a {type(offsets).__name__}"
+        if isinstance(offsets, torch.Tensor):
+            shape = "nested" if offsets.is_nested else tuple(offsets.shape)
+            came = f"{shape} of {offsets.dtype}, {offsets.layout}, on {offsets.device}"
         raise TypeError(f"[forward] {what} has offsets {came}, expected a tensor [bags] of int64 or int32")
     starts = offsets.detach().to("cpu", torch.int64).contiguous()
     counts = np.diff(starts.numpy(), append=len(keys))
