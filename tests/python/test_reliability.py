@@ -7,13 +7,15 @@ Other cases: DAMO_RELIABILITY_SEED=1000 pytest tests/python/test_reliability.py
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from reliability import trainee
+from reliability import soak, trainee
 from reliability.journal import Disk, Event, Loss
 from reliability.oracle import Found, Operation, Oracle
 from reliability.suite import SkippedError, ask, expect, listen, make_base
@@ -27,7 +29,7 @@ FIRST = int(os.environ.get("DAMO_RELIABILITY_SEED", "0"))
 # suite -> parts, so that the processes of a test run share it; and a stride, so that a few seeds see all kinds
 PARTS = {
     "kill": 4, "power-loss": 4, "call-fails": 6, "ext4-power-loss": 2, "disk-full": 2, "flips": 2, "cold-flips": 1,
-    "bad-input": 2, "any-order": 4, "torch-kill": 2,
+    "bad-input": 2, "bad-input-torch": 2, "bad-input-damo": 1, "any-order": 4, "torch-kill": 2,
 }  # fmt: skip
 STRIDE = {"call-fails": 23}
 
@@ -54,6 +56,21 @@ def test_what_is_promised_holds(name: str, part: int) -> None:
 
 
 # ---------------------------------------------------------- the tester, tested
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_record_of_a_suite_begins_anew_when_what_it_imports_changes(name: str) -> None:
+    module = SUITES[name].__module__
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys, {module}; print(*(vars(m).get('__file__') for m in sys.modules.values()))",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(soak.TESTS)}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    imported = {file for file in printed.split() if file.startswith(f"{soak.TESTS}/")}
+    assert {str(Path(file).relative_to(soak.ROOT)) for file in imported} <= set(soak.depends_on(name))
+    assert all((soak.ROOT / path).exists() for path in soak.depends_on(name))
 
 
 def oracle_after(count: int) -> Oracle:

@@ -131,6 +131,16 @@ def ttl(value: Any) -> bool:
     return value is None or is_integer(value, 1, 2**40) or isinstance(value, datetime.timedelta)
 
 
+EMBEDDING: dict[str, Rule] = {
+    "storage": nothing,
+    "optimizer": lambda value: isinstance(value, de.SGD | de.Adam),
+    "initializer": lambda value: isinstance(value, de.Uniform | de.Zeros),
+    "dimension": integer(1, 4096),
+    "group": either(integer(0, 255), lambda value: isinstance(value, str) and 1 <= len(value.encode()) <= 255),
+    "seed": integer(0, MANY - 1),
+    "ttl": ttl,
+    "admission": one_of(None, "all"),
+}
 boolean: Rule = lambda value: isinstance(value, bool | np.bool_)  # noqa: E731
 text = one_of("x", "user")
 extra = either(one_of(None), lambda value: isinstance(value, bytes | str))
@@ -168,8 +178,12 @@ class BadInput(Suite):
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.arguments.clear()  # with what they hold
         self.storage.close()
         self._scratch.__exit__(*exception)
+
+    def values(self) -> list[Any]:
+        return values()
 
     def _arguments(self) -> list[Argument]:
         storage, embedding, directory = self.storage, self.embedding, self.directory
@@ -206,10 +220,10 @@ class BadInput(Suite):
             Argument(f"{name}(read_only)", lambda value, f=f: f(fresh, read_only=value), one_of(True, False))
             for name, f in (("Storage", de.Storage), ("open", de.Storage.open))
         ]
-        found += [Argument(f"{name}(path)", f, lambda value: _is_relative(value)) for name, f in openings.items()]
+        found += [Argument(f"{name}(path)", f, lambda value: is_relative(value)) for name, f in openings.items()]
         found += [
             Argument("restore(checkpoint)", lambda value: restore(value, fresh), nothing),
-            Argument("restore(path)", lambda value: restore(directory / "checkpoint", value), _is_relative),
+            Argument("restore(path)", lambda value: restore(directory / "checkpoint", value), is_relative),
             Argument("restore(memory)", lambda value: restore(directory / "checkpoint", fresh, memory=value), size),
             Argument(
                 "restore(threads)",
@@ -235,7 +249,7 @@ class BadInput(Suite):
             Argument("now", lambda value: setattr(storage, "now", value), integer(0, 2**62)),
             Argument("commit(step)", lambda value: storage.commit(value), either(one_of(None), integer(0, 2**63 - 1))),
             Argument("commit(extra)", lambda value: storage.commit(1, value), extra),
-            Argument("checkpoint(directory)", storage.checkpoint, _is_relative),
+            Argument("checkpoint(directory)", storage.checkpoint, is_relative),
             Argument(
                 "checkpoint(step)",
                 lambda value: storage.checkpoint(directory / "new", value),
@@ -247,7 +261,7 @@ class BadInput(Suite):
                 lambda value: storage.checkpoint(directory / "new", 1, keep=value),
                 either(one_of(None), integer(1, 2**31 - 1)),
             ),
-            Argument("dump(path)", storage.dump, _is_relative),
+            Argument("dump(path)", storage.dump, is_relative),
             Argument(
                 "dump(group)",
                 lambda value: storage.dump(directory / "d", group=value),
@@ -276,7 +290,7 @@ class BadInput(Suite):
                 lambda value: embedding.lookup([7, 8], value),
                 lambda value: value is None or _is_output(value),
             ),
-            Argument("apply_gradients(keys)", lambda value: embedding.apply_gradients(value, out), _two_keys),
+            Argument("apply_gradients(keys)", lambda value: embedding.apply_gradients(value, out), is_two_keys),
             Argument(
                 "apply_gradients(gradients)", lambda value: embedding.apply_gradients(both, value), _are_gradients
             ),
@@ -290,7 +304,7 @@ class BadInput(Suite):
                 lambda value: embedding.apply_gradients(both, out, lr=value),
                 either(one_of(None), number(0, 3.4e38)),
             ),
-            Argument("import_rows(keys)", lambda value: embedding.import_rows(value, out), _two_keys),
+            Argument("import_rows(keys)", lambda value: embedding.import_rows(value, out), is_two_keys),
             Argument("import_rows(weights)", lambda value: embedding.import_rows(both, value), _are_gradients),
             Argument("import_rows(state)", lambda value: embedding.import_rows(both, out, value), one_of(None)),
             Argument(
@@ -319,19 +333,9 @@ class BadInput(Suite):
             "group": 9,
             "seed": 0,
         }
-        rules: dict[str, Rule] = {
-            "storage": nothing,
-            "optimizer": lambda value: isinstance(value, de.SGD | de.Adam),
-            "initializer": lambda value: isinstance(value, de.Uniform | de.Zeros),
-            "dimension": integer(1, 4096),
-            "group": either(integer(0, 255), lambda value: isinstance(value, str) and 1 <= len(value.encode()) <= 255),
-            "seed": integer(0, MANY - 1),
-            "ttl": ttl,
-            "admission": one_of(None, "all"),
-        }
         found += [
             Argument(f"Embedding({name})", lambda value, n=name: de.Embedding(**{**make, n: value}), rule)
-            for name, rule in rules.items()
+            for name, rule in EMBEDDING.items()
         ]
         for kind, arguments in (
             (de.SGD, {"lr": rate_of_optimizer, "weight_decay": number(0, 3.4e38)}),
@@ -367,7 +371,7 @@ class BadInput(Suite):
                     "fpr": number(1e-9, 0.5),
                     "halve_every": either(one_of(None), integer(1, MANY - 1)),
                     "reload": boolean,
-                    "path": either(one_of(None), _is_relative),
+                    "path": either(one_of(None), is_relative),
                 },
             ),
             (de.Constant, {"value": number(-3.4e38, 3.4e38)}),
@@ -406,7 +410,7 @@ class BadInput(Suite):
         before, sequence = files_of(self.directory), self.storage.stats()["sequence"]
         untouched = self._signature()
         with contextlib.chdir(self.directory):  # a path that is taken all the same is seen here
-            for value in values():
+            for value in self.values():
                 if argument.right(value):
                     continue
                 shown = f"{argument.name} with {value!r:.100}"
@@ -433,7 +437,7 @@ class BadInput(Suite):
         return [(name, info.st_size, info.st_mtime_ns, info.st_ino) for name, info in found]
 
 
-def _is_relative(value: Any) -> bool:
+def is_relative(value: Any) -> bool:
     """A path that could be made where the test stands."""
     try:
         path = os.fspath(value)
@@ -459,7 +463,7 @@ def _is_output(value: Any) -> bool:
     )
 
 
-def _two_keys(value: Any) -> bool:
+def is_two_keys(value: Any) -> bool:
     return keys(value) and np.asarray(value).shape == (2,)
 
 
