@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <functional>
 
 #include "fixed_dimension.h"
 #include "format.h"
@@ -148,10 +149,11 @@ void repeat_range(const Batch& batch, size_t dimension_argument, size_t begin, s
 
 void repeat_rows(const Batch& batch, size_t dimension, ThreadPool& pool, float* out) {
   const size_t positions = batch.num_positions(), ranges = positions < 8192 ? 1 : pool.size() * 2;
-  pool.run(ranges, [&](size_t range) {
+  const auto repeat = [&](size_t range) {
     const size_t begin = positions * range / ranges, end = positions * (range + 1) / ranges;
     with_fixed_dimension(dimension, [&](auto fixed) { repeat_range<fixed.value>(batch, dimension, begin, end, out); });
-  });
+  };
+  pool.run(ranges, std::cref(repeat));  // which takes no memory: a lookup may have made its rows, and must not fail now
 }
 
 }  // namespace damo

@@ -168,8 +168,13 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
   // Small beside the budget: a hundredth of it for a usual batch.
   if (insert && !padding && keys.size() <= storage_.options_.memory_bytes / 1024) {
     const std::lock_guard lock(last_mutex_);
-    last_.keys.assign(keys.begin(), keys.end());
-    last_.batch = batch;
+    last_.batch.reset();
+    try {
+      last_.keys.assign(keys.begin(), keys.end());
+      last_.batch = batch;
+    } catch (const std::bad_alloc&) {
+      // The rows are made, and are found without it.
+    }
   }
   return batch;
 }

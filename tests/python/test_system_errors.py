@@ -130,6 +130,32 @@ def test_memory_that_runs_out_once_in_an_update_of_new_keys_is_a_memory_error(
     assert 10 < nth < 999
 
 
+def test_a_lookup_that_raises_a_memory_error_made_no_row(server: ForkServer, tmp_path: Path) -> None:
+    """It repeated rows, and remembered its keys for the gradients, with memory that it asked for after its record."""
+    lookup = Operation("lookup", 200, np.arange(100))
+    for nth in range(1, 1_000):
+        base = make_base(tmp_path / str(nth))
+        session = server.session()
+        try:
+            ask(session, trainee.watch, base)
+            ask(session, trainee.open_storage, base, SMALL.name, OPTIONS)
+            ask(session, trainee.weights_of, 200, lookup.keys)
+            ask(session, trainee.arm, faults.FAIL, "allocate", "", nth, errno.ENOMEM)
+            session.start("call", trainee.train, [lookup, Operation("commit", number=1)], START, after_errors=True)
+            told = listen(session)
+            if told.died:  # nanobind asks for memory for what is returned, and cannot say that there is none
+                continue
+            hit = ask(session, trainee.disarm)[0]
+        finally:
+            session.kill()
+            shutil.rmtree(base)
+        sequences = [sequence for name, _, sequence in told.raised.values() if name == "MemoryError"]
+        assert sequences in ([], [0]) or 1 not in told.answers, f"allocation {nth}: {told.raised}, and a commit"
+        if not hit:
+            break
+    assert 10 < nth < 999
+
+
 def test_a_commit_that_fails_for_good_at_any_opening_of_a_file_leaves_a_commit(
     server: ForkServer, tmp_path: Path
 ) -> None:
