@@ -97,7 +97,7 @@ bool write_pieces(int fd, std::span<iovec> pieces, uint64_t offset) {
 }  // namespace
 
 struct OperationLog::Impl {
-  Impl() = default;  // of one that is not written
+  Impl() {}  // of one that is not written
   explicit Impl(const LogOptions& log_options)
       : written(true), options(log_options), directory("open the log", log_options.directory, O_RDONLY | O_DIRECTORY) {}
 

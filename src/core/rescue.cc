@@ -426,7 +426,8 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
       if (files.segments.empty()) manifest.cut = 0;
       std::optional<uint64_t> last;
       uint64_t expected = files.segments.empty() ? 0 : files.segments.begin()->first;
-      for (const auto& [number, segment] : files.segments) {
+      for (const auto& [number, path] : files.segments) {
+        const fs::path& segment = path;  // a name that lambdas may take (Clang before 16)
         const bool whole =
             number == expected++ &&
             read_segment(
