@@ -269,6 +269,7 @@ void bind_storage(nb::module_& m) {
               work.push_back({table, span, out.data(), key_bits(given[3])});
             }
             std::vector<std::shared_ptr<Batch>> batches;
+            batches.reserve(work.size());  // a lookup that has made its rows may not fail after that
             {
               const nb::gil_scoped_release released;
               for (const Item& item : work)

@@ -29,6 +29,17 @@ void for_each_chunk(std::span<const uint32_t> rows, size_t size, Visit&& visit) 
     visit(rows.subspan(begin, std::min(size, rows.size() - begin)));
 }
 
+// Fills `out` with those of the rows that are there, and notes where they are.
+void take(Tiers& tiers, Batch& batch, std::span<const uint32_t> rows, const Tiers::Prepared& prepared, size_t dimension,
+          float* out) {
+  for (const uint32_t r : rows) {
+    if (prepared.slots[r] == kNoSlot) continue;
+    batch.hints[r] = prepared.slots[r];
+    std::memcpy(out + batch.first[r] * dimension, tiers.hot().row(prepared.slots[r])->floats(),
+                dimension * sizeof(float));
+  }
+}
+
 // Changes memory after the record is in the log. Only memory can run out here: then the storage latches, while the
 // structure lock is still held, so that no row of which only a part was changed is ever written; redo does it all.
 template <class Change>
@@ -181,38 +192,60 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
 
 void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<uint32_t> absent_at, float* out) {
   Tiers& tiers = *storage_.tiers_;
-  const size_t dimension = spec().dimension;
+  const size_t dimension = spec().dimension, chunk_rows = tiers.chunk_rows(shape_);
   uint64_t sequence = 0;
-  for_each_chunk(rows, tiers.chunk_rows(shape_), [&](std::span<const uint32_t> chunk) {
+  {
     const std::unique_lock order = storage_.begin_operation();
     check_exists("lookup");
     const int64_t time = storage_.read_clock();
     const Expiry expiry = expiry_at(time);
-    // Absent at that epoch or expired by then: time does not run back, and no step is taken back.
-    Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true, absent_at);
-    if (!prepared.fresh.empty()) {
+    const auto log = [&](std::span<const uint32_t> fresh) {
       std::vector<uint64_t> created;
-      for (const uint32_t r : prepared.fresh) created.push_back(unmix_key(batch.mixed[r]));
+      for (const uint32_t r : fresh) created.push_back(unmix_key(batch.mixed[r]));
       const std::vector<int64_t> marks(batch.num_rows(), kAbsent);
-      const AgeEffect ages = effect_on(prepared.fresh, marks, expiry, mark(time, step_));
+      AgeEffect ages = effect_on(fresh, marks, expiry, mark(time, step_));
       const std::string prefix = encode_keys_prefix({spec().table_id, time, ages, created});
-      try {
-        const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(created))};
-        sequence = storage_.append(RecordType::kInsert, parts);
-        storage_.clock_ = time;
-      } catch (...) {
-        tiers.abandon(prepared);
-        throw;
+      const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(created))};
+      sequence = storage_.append(RecordType::kInsert, parts);
+      storage_.clock_ = time;
+      return ages;
+    };
+    // Absent at that epoch or expired by then: time does not run back, and no step is taken back.
+    if (rows.size() <= chunk_rows) {
+      Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, rows, true, absent_at);
+      if (!prepared.fresh.empty()) {
+        AgeEffect ages;
+        try {
+          ages = log(prepared.fresh);
+        } catch (...) {
+          tiers.abandon(prepared);
+          throw;
+        }
+        after_log(tiers, [&] { tiers.create_rows(shape_, batch, prepared, sequence, step_, time); });
+        count(ages);
       }
-      after_log(tiers, [&] { tiers.create_rows(shape_, batch, prepared, sequence, step_, time); });
+      take(tiers, batch, rows, prepared, dimension, out);
+    } else {
+      // More than memory holds at once: those that somebody made meanwhile are taken, all others logged, then made.
+      std::vector<uint32_t> absent;
+      for_each_chunk(rows, chunk_rows, [&](std::span<const uint32_t> chunk) {
+        const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, false, absent_at);
+        take(tiers, batch, chunk, prepared, dimension, out);
+        std::copy_if(chunk.begin(), chunk.end(), std::back_inserter(absent),
+                     [&](uint32_t r) { return prepared.slots[r] == kNoSlot; });
+      });
+      if (absent.empty()) return;
+      const AgeEffect ages = log(absent);
       count(ages);
+      after_log(tiers, [&] {
+        for_each_chunk(absent, chunk_rows, [&](std::span<const uint32_t> chunk) {
+          const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true, Tiers::kStillAbsent);
+          tiers.create_rows(shape_, batch, prepared, sequence, step_, time);
+          take(tiers, batch, chunk, prepared, dimension, out);
+        });
+      });
     }
-    for (const uint32_t r : chunk) {
-      batch.hints[r] = prepared.slots[r];
-      std::memcpy(out + batch.first[r] * dimension, tiers.hot().row(prepared.slots[r])->floats(),
-                  dimension * sizeof(float));
-    }
-  });
+  }
   storage_.after_operation(sequence);
 }
 
@@ -240,14 +273,6 @@ std::vector<uint32_t> Table::admit(Admission& admission, Batch& batch, std::vect
                                    std::optional<uint32_t> absent_at, float* out) {
   Tiers& tiers = *storage_.tiers_;
   const size_t dimension = spec().dimension, chunk_rows = tiers.chunk_rows(shape_);
-  const auto take = [&](std::span<const uint32_t> taken, const Tiers::Prepared& prepared) {
-    for (const uint32_t r : taken) {
-      if (prepared.slots[r] == kNoSlot) continue;
-      batch.hints[r] = prepared.slots[r];
-      std::memcpy(out + batch.first[r] * dimension, tiers.hot().row(prepared.slots[r])->floats(),
-                  dimension * sizeof(float));
-    }
-  };
   // In order of first appearance, in whatever order they were found missing.
   std::sort(rows.begin(), rows.end());
   std::vector<uint32_t> stands(batch.num_rows(), 0);
@@ -263,7 +288,7 @@ std::vector<uint32_t> Table::admit(Admission& admission, Batch& batch, std::vect
     // From here on nobody else makes a row: these are all that get counted.
     for_each_chunk(rows, chunk_rows, [&](std::span<const uint32_t> chunk) {
       const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, false, absent_at);
-      take(chunk, prepared);
+      take(tiers, batch, chunk, prepared, dimension, out);
       for (const uint32_t r : chunk)
         if (prepared.slots[r] == kNoSlot) without.push_back(r);
     });
@@ -295,7 +320,7 @@ std::vector<uint32_t> Table::admit(Admission& admission, Batch& batch, std::vect
       for_each_chunk(admitted, chunk_rows, [&](std::span<const uint32_t> chunk) {
         const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true, Tiers::kStillAbsent);
         tiers.create_rows(shape_, batch, prepared, sequence, step_, time);
-        take(chunk, prepared);
+        take(tiers, batch, chunk, prepared, dimension, out);
       });
       count({record.unit, record.alive_since, {{record.bucket, static_cast<int64_t>(admitted.size())}}});
     });

@@ -136,6 +136,16 @@ def test_a_batch_larger_than_memory_is_one_step(storage: de.Storage, random: np.
     assert_equals_reference(embedding, table)
 
 
+def test_a_lookup_of_more_new_keys_than_memory_holds_is_one_operation(storage: de.Storage) -> None:
+    """A record for each part of it was several: a kill between them left some of its rows."""
+    embedding = make(storage)
+    table = oracle_of(embedding)
+    for number, keys in enumerate((np.arange(2_500), np.arange(1_000, 5_000), np.arange(5_000))):
+        np.testing.assert_array_equal(embedding.lookup(keys), table.lookup(keys))
+        assert storage.stats()["sequence"] == min(number + 1, 2)  # the last one finds all of them
+    assert_equals_reference(embedding, table)
+
+
 def test_rows_of_every_optimizer_come_back_from_the_disk_and_from_the_log(
     tmp_path: Path, random: np.random.Generator
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import memory_session
 from reliability import faults, trainee
 from reliability.oracle import Operation, Oracle
 from reliability.suite import DiedError, Told, ask, expect, listen, make_base
@@ -130,30 +131,34 @@ def test_memory_that_runs_out_once_in_an_update_of_new_keys_is_a_memory_error(
     assert 10 < nth < 999
 
 
-def test_a_lookup_that_raises_a_memory_error_made_no_row(server: ForkServer, tmp_path: Path) -> None:
-    """It repeated rows, and remembered its keys for the gradients, with memory that it asked for after its record."""
-    lookup = Operation("lookup", 200, np.arange(100))
+@pytest.mark.parametrize("group", [200, 90])  # 90 has a filter
+@pytest.mark.parametrize("call", ["lookup", "forward_many"])
+def test_a_lookup_that_raises_a_memory_error_made_no_row_or_the_storage_goes_no_further(
+    server: ForkServer, tmp_path: Path, call: str, group: int
+) -> None:
+    """It repeated rows, and noted its keys and its batch, with memory that it asked for after its record."""
+    refused, deaths = 0, 0
     for nth in range(1, 1_000):
         base = make_base(tmp_path / str(nth))
         session = server.session()
         try:
             ask(session, trainee.watch, base)
             ask(session, trainee.open_storage, base, SMALL.name, OPTIONS)
-            ask(session, trainee.weights_of, 200, lookup.keys)
-            ask(session, trainee.arm, faults.FAIL, "allocate", "", nth, errno.ENOMEM)
-            session.start("call", trainee.train, [lookup, Operation("commit", number=1)], START, after_errors=True)
-            told = listen(session)
-            if told.died:  # nanobind asks for memory for what is returned, and cannot say that there is none
-                continue
-            hit = ask(session, trainee.disarm)[0]
+            looked = ask(session, memory_session.look_up, call, group, nth)
+        except DiedError:  # nanobind asks for memory for what is returned, and cannot say that there is none
+            deaths += 1
+            continue
         finally:
             session.kill()
             shutil.rmtree(base)
-        sequences = [sequence for name, _, sequence in told.raised.values() if name == "MemoryError"]
-        assert sequences in ([], [0]) or 1 not in told.answers, f"allocation {nth}: {told.raised}, and a commit"
-        if not hit:
+        assert looked.raised in ("", "MemoryError"), f"allocation {nth}: {looked}"
+        assert not (looked.raised and looked.operations and looked.goes_on), f"allocation {nth}: {looked}"
+        refused += looked.raised == "MemoryError" and looked.operations == 0
+        if not looked.hit:
             break
-    assert 10 < nth < 999
+    assert nth < 999
+    assert refused > 20
+    assert deaths < 5
 
 
 def test_a_commit_that_fails_for_good_at_any_opening_of_a_file_leaves_a_commit(
