@@ -46,7 +46,9 @@ void bind_errors(nb::module_&) {
     } catch (const damo::Error& error) {
       raise("DamoError", error);
     } catch (const std::filesystem::filesystem_error& error) {
-      raise("StorageError", std::runtime_error("[storage] " + error.path1().string() + ": " + error.code().message()));
+      const std::string to = error.path2().empty() ? "" : " to " + error.path2().string();
+      raise("StorageError",
+            std::runtime_error("[storage] " + error.path1().string() + to + ": " + error.code().message()));
     } catch (const std::system_error& error) {  // of a file, or of a thread that could not be started
       raise("StorageError", error);
     }

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from damo_embedding import _core
 from damo_embedding.admission import Admission, parse_admission
+from damo_embedding.arrays import as_array
 from damo_embedding.errors import SchemaMismatchError
 from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.initializers import Initializer
@@ -123,14 +124,14 @@ class Embedding:
         self._optimizer = optimizer
         self._initializer = initializer
         self._opened_with = (
-            None if isinstance(group, str) else int(group),
+            None if isinstance(group, str) else group,
             group if isinstance(group, str) else "",
-            int(dimension),
+            dimension,
             optimizer.name,
             optimizer._settings(),
             initializer.name,
             initializer._settings(),
-            int(seed),
+            seed,
             parse_ttl("embedding", ttl),
             parse_admission("embedding", admission),
         )
@@ -293,7 +294,7 @@ class Embedding:
         """
         array = parse_keys("apply_gradients", keys)
         rate = None if lr is None else _number("apply_gradients", "lr", lr, 0.0, _MAX_FLOAT)
-        grads = np.asarray(gradients)
+        grads = as_array("apply_gradients", "gradients", gradients)
         shape = (*array.shape, self.dimension)
         if grads.dtype != np.float32 and not (grads.size == 0 and not isinstance(gradients, np.ndarray)):
             raise TypeError(
@@ -371,7 +372,7 @@ class Embedding:
         into_weights[...] = self._floats("weights", weights, (n, self.dimension))
         for name, into in into_state.items():
             into[...] = starts[name] if state is None else self._floats(name, state[name], into.shape)
-        given = np.zeros(n, np.uint32) if counts is None else np.asarray(counts)
+        given = np.zeros(n, np.uint32) if counts is None else as_array("import_rows", "counts", counts)
         if given.dtype.kind not in "iu" and given.size:
             raise TypeError(f"[import_rows] counts have dtype {given.dtype}, expected integers")
         if given.shape != (n,):
@@ -381,7 +382,7 @@ class Embedding:
         self._table.import_rows(array, np.ascontiguousarray(given, dtype=np.uint32), floats)
 
     def _floats(self, what: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> Floats:
-        array = np.asarray(values)
+        array = as_array("import_rows", what, values)
         if array.dtype != np.float32 and array.size:
             raise TypeError(f"[import_rows] {what} has dtype {array.dtype}, expected float32: convert with .astype")
         if array.shape != shape:

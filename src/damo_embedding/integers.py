@@ -10,9 +10,12 @@ __all__ = ["as_int", "parse_int"]
 
 def as_int(value: object) -> int | None:
     """What an int of any library is; None for floats, bools and everything else, arrays of them included."""
+    # A tensor of one element or of a bool has an index, too.
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or "bool" in str(getattr(value, "dtype", "")):
+        return None
     try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # RuntimeError: of a tensor without values
         return None
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from damo_embedding.arrays import as_array
+
 __all__ = ["Keys", "parse_keys"]
 
 Keys = npt.ArrayLike
@@ -13,10 +15,7 @@ Keys = npt.ArrayLike
 
 def parse_keys(operation: str, keys: Keys) -> npt.NDArray[np.uint64]:
     """Keys as a C-contiguous uint64 array of the same shape; the bits of int64 are kept."""
-    try:
-        array = np.asarray(keys)
-    except (TypeError, ValueError, RuntimeError) as error:  # a ragged list, a tensor that NumPy cannot take
-        raise TypeError(f"[{operation}] keys are {type(keys).__name__}, expected an array of ints: {error}") from None
+    array = as_array(operation, "keys", keys)
     if array.size == 0 and array.dtype == np.float64 and not isinstance(keys, np.ndarray):
         array = array.astype(np.int64)  # an empty list has no type
     if array.dtype not in (np.dtype(np.int64), np.dtype(np.uint64)):

@@ -48,7 +48,7 @@ def parse_ttl(operation: str, value: Ttl | None) -> tuple[int, int] | None:
     if isinstance(value, str):
         if value == "never":
             return _NONE, 0
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", value)
+        match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([smhdw]?)\s*", value)
         if match is None:
             raise ValueError(f"[{operation}] ttl is {value!r}, expected {form}")
         seconds = round(float(match[1]) * _UNITS[match[2]])

@@ -83,7 +83,7 @@ def layout(capacity: int, fpr: float) -> tuple[int, int]:
 
 
 @functools.lru_cache(10_000)
-def _places(key: int, pages: int, per_line: int) -> list[tuple[int, int, int]]:
+def _places(key: int, pages: int, per_line: int) -> tuple[tuple[int, int, int], ...]:
     hashed = mix(key)
     page, first = hashed * pages >> 64, hashed % 64
     second = first ^ (1 + ((hashed >> 6) % 65_536 * 63 >> 16))
@@ -94,7 +94,7 @@ def _places(key: int, pages: int, per_line: int) -> list[tuple[int, int, int]]:
         nine = mix(word)
         numbers += [nine >> 7 * i & 127 for i in range(9)]
     lines = [first] * per_line + [second] * per_line
-    return [(page, line, number) for line, number in zip(lines, numbers[: len(lines)], strict=True)]
+    return tuple((page, line, number) for line, number in zip(lines, numbers[: len(lines)], strict=True))
 
 
 class ReferenceFilter:
@@ -105,7 +105,7 @@ class ReferenceFilter:
         self.counters = np.zeros((pages, LINES, LINE), np.uint8)
         self.adds = 0
 
-    def places(self, key: int) -> list[tuple[int, int, int]]:
+    def places(self, key: int) -> tuple[tuple[int, int, int], ...]:
         """Page, line and number of each of the key's counters."""
         return _places(key, self.pages, self.per_line)
 

@@ -756,6 +756,12 @@ BAD_CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "gradients of integers": (lambda e: e.apply_gradients(K, np.ones((3, 4), int)), TypeError, "int64"),
     "gradients big-endian": (lambda e: e.apply_gradients(K, np.ones((3, 4), ">f4")), TypeError, ">f4"),
     "gradients a list": (lambda e: e.apply_gradients(K, [[1.0] * 4] * 3), TypeError, "float64"),
+    "keys ragged": (lambda e: e.lookup([[1], [2, 3]]), TypeError, r"\[lookup\] keys are list, expected an array"),  # type: ignore[list-item]
+    "gradients ragged": (
+        lambda e: e.apply_gradients(K, [[1.0], [1.0, 2.0], [1.0]]),  # type: ignore[arg-type]
+        TypeError,
+        r"\[apply_gradients\] gradients are list, expected an array",
+    ),
     "gradients None": (lambda e: e.apply_gradients(K, None), TypeError, "object"),  # type: ignore[arg-type]
     "gradients too short": (
         lambda e: e.apply_gradients(K, ones(2)),

@@ -42,7 +42,7 @@ class Feature:
     admission: CountingBloomFilter | Literal["all"] | None = None
 
     def __post_init__(self) -> None:
-        parse_int("Feature", "dimension", self.dimension, 1, MAX_DIMENSION)
+        object.__setattr__(self, "dimension", parse_int("Feature", "dimension", self.dimension, 1, MAX_DIMENSION))
         if self.pooling is not None and not (isinstance(self.pooling, str) and self.pooling in POOLINGS):
             raise ValueError(f'[Feature] pooling is {self.pooling!r}, expected None, "sum" or "mean"')
         padding_key(self.padding_idx)

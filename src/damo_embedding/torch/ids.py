@@ -23,6 +23,9 @@ def keys_of(ids: torch.Tensor, what: str) -> Keys:
         raise TypeError(
             f"[forward] {what} is a {type(ids).__name__}, expected a torch.Tensor of int64, int32 or uint64"
         )
+    if ids.layout is not torch.strided or ids.is_nested:
+        kind = "nested" if ids.is_nested else _name(ids.layout)
+        raise TypeError(f"[forward] {what} has the layout {kind}, expected a dense tensor: ids.to_dense()")
     if ids.is_meta:
         raise TypeError(f"[forward] {what} is on the device meta, expected ids that are somewhere")
     if ids.dtype is torch.int32:
@@ -34,8 +37,6 @@ def keys_of(ids: torch.Tensor, what: str) -> Keys:
             f"[forward] {what} is a tensor of {_name(ids.dtype)}, expected int64, int32 or uint64; "
             "ids are whole numbers, and damo_embedding.hash_keys makes them from anything else"
         )
-    if ids.layout is not torch.strided:
-        raise TypeError(f"[forward] {what} has the layout {_name(ids.layout)}, expected a dense tensor: ids.to_dense()")
     return ids.detach().cpu().contiguous().view(-1).numpy()
 
 

@@ -41,12 +41,14 @@ class SparseOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, modules: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
-        given = [modules] if isinstance(modules, torch.nn.Module) else modules
-        given = list(given) if isinstance(given, Iterable) else []
-        if not given or not all(isinstance(one, torch.nn.Module) for one in given):
+        given = [modules] if isinstance(modules, torch.nn.Module) else _as_list(modules)
+        if given is None:
             raise TypeError(
                 f"[SparseOptimizer] modules is {type(modules).__name__}, expected a torch.nn.Module or several"
             )
+        for module in given:
+            if not isinstance(module, torch.nn.Module):
+                raise TypeError(f"[SparseOptimizer] modules has {type(module).__name__}, expected torch.nn.Modules")
         found = _groups_of(given)
         if not found:
             raise ValueError(
@@ -118,10 +120,9 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         params = param_group.get("params") if isinstance(param_group, dict) else None
-        params = [params] if isinstance(params, torch.Tensor) else params
-        params = list(params) if isinstance(params, Iterable) else []
+        params = [params] if isinstance(params, torch.Tensor) else _as_list(params)
         if not params:
-            raise TypeError("[SparseOptimizer] expected a dictionary with params: the stand-ins of groups")
+            raise TypeError(f"[SparseOptimizer] param_group is {param_group!r:.200}, expected a dictionary with params")
         if not all(isinstance(param, RowGradients) for param in params):
             raise TypeError("[SparseOptimizer] params are dense tensors; give them to an optimizer of torch.optim")
         super().add_param_group({**param_group, "params": params})
@@ -150,3 +151,11 @@ def _groups_of(modules: list[torch.nn.Module]) -> list[Group]:
             elif isinstance(part, EmbeddingCollection):
                 found.update(dict.fromkeys(part._groups.values()))
     return list(found)
+
+
+def _as_list(values: Any) -> list[Any] | None:
+    """None for what has no elements."""
+    try:
+        return list(values)
+    except (TypeError, RuntimeError):  # RuntimeError: of a nested tensor
+        return None

@@ -102,6 +102,7 @@ class Oracle:
         other = copy.copy(self)
         other.tables = {number: copy.copy(table) for number, table in self.tables.items()}
         for table in other.tables.values():
+            assert type(table) is ReferenceTable  # an AdmittedTable has a filter, too
             table.rows = {key: row.copied() for key, row in table.rows.items()}
         return other
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def values() -> list[Any]:
         None, True, False, 0, 1, -1, 3, 255, 256, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, MANY - 1, MANY, -(2**63) - 1,
         10**40, 10**400, 0.0, 0.5, 1.0, 1.5, -0.5, 1e39, 1e308, math.nan, math.inf, -math.inf, 1j,
         "", "x", "user", "\0", "a\0b", "1GiB", "-1GiB", "1e9", "one", "1 TiBs", "logged", "zeros", "é" * 200, "/" * 300,
-        "n" * 5_000, "/no/such/place/at/all", b"", b"x", b"\xff\xfe", bytearray(b"x"), memoryview(b"x"),
+        "n" * 5_000, "9" * 400, "/no/such/place/at/all", b"", b"x", b"\xff\xfe", bytearray(b"x"), memoryview(b"x"),
         [], [1, 2], [1.5], ["1"], [None], [[1], [2, 3]], [[1, 2]], (), (1,), {}, {"a": 1}, {1, 2}, range(2), iter([1]),
         object(), int, len, lambda: None, datetime.date(2020, 1, 1), Path("/no/such/place/at/all"), Path(""), ...,
         np.int8(1), np.int64(-1), np.uint64(MANY - 1), f32(0.5), np.float64(np.nan), np.bool_(True), np.str_("x"),
@@ -58,11 +59,11 @@ Rule = Callable[[Any], bool]
 
 
 def is_integer(value: Any, low: int = -(10**400), high: int = 10**400) -> bool:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or getattr(value, "shape", ()) != () or "bool" in str(getattr(value, "dtype", "")):
         return False
     try:
-        return low <= value.__index__() <= high
-    except TypeError:  # an array
+        return low <= operator.index(value) <= high
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
         return False
 
 
@@ -407,7 +408,7 @@ class BadInput(Suite):
     def case(self, seed: int) -> None:
         """One argument with all values."""
         argument = self.arguments[seed % len(self.arguments)]
-        before, sequence = files_of(self.directory), self.storage.stats()["sequence"]
+        before, content = files_of(self.directory), self._content()
         untouched = self._signature()
         with contextlib.chdir(self.directory):  # a path that is taken all the same is seen here
             for value in self.values():
@@ -427,9 +428,13 @@ class BadInput(Suite):
                 assert self._signature() == untouched, f"{shown} changed a file"
                 self.done["calls"] += 1
         assert files_of(self.directory) == before, f"{argument.name} changed a file"
-        assert self.storage.stats()["sequence"] == sequence, f"{argument.name} was an operation"
-        assert len(self.embedding) == 3
+        assert self._content() == content, f"{argument.name} changed what is there"
         self.done["arguments"] += 1
+
+    def _content(self) -> Any:
+        """Of what is open: the operations, and what there is in memory, too."""
+        lookup = self.embedding.lookup(range(-5, 5), insert=False)
+        return self.storage.stats()["sequence"], self.embedding.lr, len(self.embedding), lookup.tobytes()
 
     def _signature(self) -> list[tuple[str, int, int, int]]:
         """Changes with every write: as sharp as the bytes, and quick."""

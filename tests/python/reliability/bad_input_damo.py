@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -60,14 +60,32 @@ class BadInputOfDamo(BadInput):
     unit = "arguments"
     small = full = 33
 
-    def _arguments(self) -> list[Argument]:
+    def __enter__(self) -> Self:
+        memory = os.environ.get("DAMO_MEMORY")
         os.environ["DAMO_MEMORY"] = "16MiB"
+        try:
+            return super().__enter__()
+        finally:
+            del os.environ["DAMO_MEMORY"]
+            if memory is not None:
+                os.environ["DAMO_MEMORY"] = memory
+
+    def __exit__(self, *exception: Any) -> None:
+        del self.looked_up, self.seen
+        super().__exit__(*exception)
+
+    def _content(self) -> Any:
+        weights = np.empty(2 * DIMENSION, np.float32)
+        self.looked_up.lookup(np.array([1, 2]), weights)
+        return super()._content(), weights.tobytes(), self.seen.check(np.arange(-5, 5)).tobytes()
+
+    def _arguments(self) -> list[Argument]:
         directory = self.directory
         storage = damo.PyStorage(str(directory / "damo"), 0)
         optimizer = damo.PyOptimizer(parameters(name="adam"))
         initializer = damo.PyInitializer(parameters(name="zeros"))
-        embedding = damo.PyEmbedding(storage, optimizer, initializer, DIMENSION, 0)
-        seen = damo.PyFilter(parameters(path=str(directory / "filter"), capacity=100))
+        embedding = self.looked_up = damo.PyEmbedding(storage, optimizer, initializer, DIMENSION, 0)
+        seen = self.seen = damo.PyFilter(parameters(path=str(directory / "filter"), capacity=100))
         both, floats = np.array([1, 2]), np.ones(2 * DIMENSION, np.float32)
         embedding.lookup(both, floats.copy())
         right = {

@@ -43,7 +43,9 @@ class BadInputOfTorch(BadInput):
 
         ids, offsets = torch.tensor([1, 2]), torch.tensor([0, 1])
         return [
-            *super().values(), torch.tensor(1), torch.tensor([1.5]), torch.tensor([True]), torch.tensor([1j]),
+            *super().values(), torch.tensor(1), torch.tensor(True), torch.tensor([1.5]), torch.tensor([True]),
+            torch.tensor([1j]), torch.tensor([[5]]), torch.tensor(2**64 - 1, dtype=torch.uint64),
+            torch.tensor(0, device="meta"), torch.eye(2, dtype=torch.int64).to_sparse().to(torch.uint64),
             torch.tensor([1, 2], dtype=torch.int16), torch.eye(2).to_sparse(), torch.ones(2, requires_grad=True),
             torch.zeros(2, dtype=torch.int64, device="meta"), torch.int64, torch.device("cpu"),
             torch.nn.Linear(2, 2), torch.nn.ReLU, torch.optim.SGD([torch.ones(1)], lr=0.1), [torch.nn.ReLU()],
@@ -86,8 +88,8 @@ class BadInputOfTorch(BadInput):
             )
 
         def is_bags(value: Any) -> bool:
-            """Of the values above, those whose second part is `offsets`, of ids in one dimension."""
-            return (
+            """Of the values above: ids in two dimensions; ids in one, with `offsets`."""
+            return (is_ids(value) and value.dim() == 2) or (
                 isinstance(value, tuple)
                 and len(value) == 2
                 and all(is_ids(part) and part.dim() == 1 for part in value)

@@ -21,7 +21,7 @@ PROGRAM = BUILD / "damo_libfuzzer"
 SEEDS = BUILD / "seeds"
 CORPUS = BUILD / "corpus"
 FINDINGS = BUILD / "findings"
-RUNS = 20_000
+RUNS = 100_000
 
 
 class Fuzz(Suite):

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 # Not fuzz: it has a program of its own, which has the sanitizers.
 DEFAULT = (
-    "kill", "torch-kill", "power-loss", "call-fails", "disk-full", "flips", "cold-flips", "bad-input",
+    "kill", "torch-kill", "power-loss", "call-fails", "disk-full", "flips", "cold-flips", "bad-input", "bad-input-damo",
     "ext4-power-loss", "any-order",
 )  # fmt: skip
 STRIDE = {"call-fails": 23}  # as in test_reliability.py: a few seeds see all kinds

@@ -3,8 +3,8 @@
 
 The record is docs/reliability.json: for each suite the code, the first seed, how many cases are done in a row, and
 what they did. Other code or another first seed begins anew; a commit that changes neither the package nor what the
-suite imports goes on, also on another machine. A case is a seed, so a failure is one number. What is run with changes
-that are not committed shows nothing of a commit: it is kept in build/soak, apart.
+suite imports or names goes on, also on another machine. A case is a seed, so a failure is one number. What is run
+with changes that are not committed shows nothing of a commit: it is kept in build/soak, apart.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ INTRODUCTION = """\
 
 What the storage promises when a process dies, the power goes, a disk is full or damaged, and how often each was
 tried. Written by `scripts/soak`, which goes on where it was stopped; `scripts/soak NAME --seed N` shows a case again
-(of `fuzz`, a file in `build/fuzz/findings`). Every case of the other suites compares every row, bit for bit, with an
-oracle in NumPy that shares no code with the core ([`tests/python/reliability`](../tests/python/reliability)).
+(of `fuzz`, a file in `build/fuzz/findings`). Cases of `fuzz` look for crashes, those of the bad-input matrices at
+errors and at what has changed; every other case compares every row, bit for bit, with an oracle in NumPy that shares
+no code with the core ([`tests/python/reliability`](../tests/python/reliability)).
 
 | suite | promise | done | failures | commit | seeds |
 |---|---|---|---|---|---|
@@ -88,18 +89,25 @@ def machine() -> str:
     return f"{system} {release}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def _record() -> Path:
-    return (APART if code(*SUITES)[0].endswith("-dirty") else DOCS) / "reliability.json"
+def _record(name: str) -> Path:
+    """Where the entry of a suite is, or that of "planted", which is of all."""
+    suites = [name] if name in SUITES else list(SUITES)
+    return (APART if code(*suites)[0].endswith("-dirty") else DOCS) / "reliability.json"
 
 
-def load() -> dict[str, Any]:
-    return json.loads(_record().read_text()) if _record().exists() else {}
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    entry: dict[str, Any] | None = _read(_record(name)).get(name)
+    return entry
 
 
 def save(name: str, entry: dict[str, Any]) -> None:
-    record = load()  # another entry may be of somebody who runs beside this
+    path = _record(name)
+    record = _read(path)  # another entry may be of somebody who runs beside this
     record[name] = entry
-    path = _record()
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_suffix(f".{os.getpid()}")
     staged.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
@@ -107,10 +115,11 @@ def save(name: str, entry: dict[str, Any]) -> None:
 
 
 def write_page() -> None:
-    """reliability.md, beside the record."""
-    path = _record().with_suffix(".md")
-    path.write_text(page(load()))
-    print(f"written: {path.relative_to(ROOT)}")
+    """reliability.md, beside each record."""
+    for path in (DOCS / "reliability.json", APART / "reliability.json"):
+        if path.exists():
+            path.with_suffix(".md").write_text(page(_read(path)))
+            print(f"written: {path.with_suffix('.md').relative_to(ROOT)}")
 
 
 def work(name: str, todo: Any, results: Any) -> None:
@@ -132,7 +141,7 @@ def work(name: str, todo: Any, results: Any) -> None:
 def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str, Any]:
     """Goes on with a suite; returns its entry in the record."""
     kind = SUITES[name]
-    entry = load().get(name)
+    entry = load(name)
     what, commit = code(name)
     if entry is None or (entry["code"], entry["first_seed"]) != (what, first):
         entry = {"code": what, "first_seed": first, "cases": 0, "done": {}, "failures": [], "seconds": 0.0}
