@@ -207,6 +207,12 @@ class StorageMachine(RuleBasedStateMachine):
         self.oracle.tables[group].apply_gradients(keys, gradients, lr)
 
     @rule(group=groups, batch=batches(most=250))
+    def look_up_more_than_memory_takes_at_once(self, group: int, batch: tuple[int, int, int]) -> None:
+        keys = keys_of(group, batch)
+        found = self.session("embedding_call", group, "lookup", keys)
+        np.testing.assert_array_equal(found, self.oracle.tables[group].lookup(keys))
+
+    @rule(group=groups, batch=batches(most=250))
     def apply_more_than_memory_takes_at_once(self, group: int, batch: tuple[int, int, int]) -> None:
         keys, gradients = keys_of(group, batch), gradients_of(group, batch)
         self.session("embedding_call", group, "apply_gradients", keys, gradients)
@@ -377,7 +383,7 @@ class StorageMachine(RuleBasedStateMachine):
     def kill_soon(self, delay: float) -> tuple[bool, bool]:
         """And opens again: whether the call in flight had returned, and whether the mode was commit."""
         time.sleep(delay)
-        acknowledged = ("returned", None) in self.session.kill()
+        acknowledged = any(what == "returned" for what, _ in self.session.kill())
         self.session = self.server.session()
         self.go_back()
         in_mode_commit = self.kept is not None
@@ -398,6 +404,19 @@ class StorageMachine(RuleBasedStateMachine):
         assert step in ({table.step + 1} if acknowledged and len(keys) else {table.step, table.step + 1})
         if step == table.step + 1:
             table.apply_gradients(keys, gradients)
+        assert rows == len(table)
+        self.compare()
+
+    @rule(group=groups, batch=batches(most=250), delay=st.sampled_from([0.0, 0.001, 0.003, 0.01]))
+    def kill_during_a_lookup(self, group: int, batch: tuple[int, int, int], delay: float) -> None:
+        """It made all of its rows, or none. In mode commit none."""
+        keys = keys_of(group, batch)
+        self.session.start("embedding_call", group, "lookup", keys)
+        acknowledged, in_mode_commit = self.kill_soon(delay)
+        table = self.oracle.tables[group]
+        rows, _ = self.session("numbers")[group]
+        if not in_mode_commit and (acknowledged or rows != len(table)):
+            table.lookup(keys)
         assert rows == len(table)
         self.compare()
 
