@@ -170,7 +170,7 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
             todo.put(next_seed)
             next_seed += 1
             # Only what is done in a row counts, so that a run that is stopped leaves no hole.
-            while next_counted in ahead:
+            while next_counted in ahead and done[kind.unit] < units:
                 did, failure = ahead.pop(next_counted)
                 done.update(did)
                 if failure:
