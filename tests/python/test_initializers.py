@@ -36,6 +36,8 @@ from damo_embedding.initializers import (
     Zeros,
 )
 
+pytestmark = pytest.mark.core  # numbers
+
 Floats = npt.NDArray[np.float32]
 
 CLASSES: dict[str, Any] = {

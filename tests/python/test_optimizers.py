@@ -34,6 +34,8 @@ from damo_embedding.optimizers import (
 from optimizer_agreement import DIMENSION, KEYS, compare, relative
 from optimizer_cases import CASES, VARIED
 
+pytestmark = pytest.mark.core  # numbers
+
 Floats = npt.NDArray[np.float32]
 
 CLASSES: dict[str, Any] = {
