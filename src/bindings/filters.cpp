@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include "arrays.h"
+#include "gil.h"
 #include "standalone_filter.h"
 
 namespace nb = nanobind;
@@ -35,7 +36,7 @@ void bind_filters(nb::module_& m) {
           "__init__",
           [](StandaloneFilter* self, uint64_t capacity, uint32_t count, double fpr, uint64_t halve_every,
              const std::optional<std::string>& path, bool reload) {
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             new (self) StandaloneFilter({capacity, count, fpr, halve_every}, path, reload);
           },
           "capacity"_a, "count"_a, "fpr"_a, "halve_every"_a, "path"_a.none(), "reload"_a)
@@ -47,7 +48,7 @@ void bind_filters(nb::module_& m) {
           "add",
           [](StandaloneFilter& filter, const AnyKeys& keys, uint32_t num) {
             const auto span = keys_of("add", keys);
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             filter.add(span, num);
           },
           "keys"_a.noconvert(), "num"_a, nb::sig("def add(self, keys: object, num: int) -> None"))
@@ -57,7 +58,7 @@ void bind_filters(nb::module_& m) {
             const auto span = keys_of("estimate", keys);
             expect_length("estimate", out.shape(0), span.size());
             uint8_t* to = out.data();
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             filter.estimate(span, to);
           },
           "keys"_a.noconvert(), "out"_a.noconvert(), nb::sig("def estimate(self, keys: object, out: object) -> None"))
@@ -67,14 +68,14 @@ void bind_filters(nb::module_& m) {
             const auto span = keys_of("check", keys);
             expect_length("check", out.shape(0), span.size());
             bool* to = out.data();
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             filter.check(span, to);
           },
           "keys"_a.noconvert(), "out"_a.noconvert(), nb::sig("def check(self, keys: object, out: object) -> None"))
-      .def("adds", &StandaloneFilter::adds, nb::call_guard<nb::gil_scoped_release>())
-      .def("fill", &StandaloneFilter::fill, nb::call_guard<nb::gil_scoped_release>())
-      .def("distinct_keys", &StandaloneFilter::distinct_keys, nb::call_guard<nb::gil_scoped_release>())
-      .def("estimated_fpr", &StandaloneFilter::estimated_fpr, nb::call_guard<nb::gil_scoped_release>())
-      .def("sync", &StandaloneFilter::sync, nb::call_guard<nb::gil_scoped_release>())
-      .def("close", &StandaloneFilter::close, nb::call_guard<nb::gil_scoped_release>());
+      .def("adds", &StandaloneFilter::adds, nb::call_guard<GilRelease>())
+      .def("fill", &StandaloneFilter::fill, nb::call_guard<GilRelease>())
+      .def("distinct_keys", &StandaloneFilter::distinct_keys, nb::call_guard<GilRelease>())
+      .def("estimated_fpr", &StandaloneFilter::estimated_fpr, nb::call_guard<GilRelease>())
+      .def("sync", &StandaloneFilter::sync, nb::call_guard<GilRelease>())
+      .def("close", &StandaloneFilter::close, nb::call_guard<GilRelease>());
 }

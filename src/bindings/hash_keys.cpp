@@ -20,9 +20,11 @@
 #include <vector>
 
 #include "arrow_c_data.h"
+#include "gil.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using damo::bindings::GilRelease;
 
 namespace damo {
 namespace {
@@ -438,7 +440,7 @@ NewKeys hash_arrow_array(const KeyHasher& hasher, const nb::capsule& schema_caps
   const auto& schema = struct_in<ArrowSchema>(schema_capsule, "arrow_schema");
   const auto& array = struct_in<ArrowArray>(array_capsule, "arrow_array");  // the capsule goes on owning it
   NewKeys keys = new_keys(static_cast<size_t>(array.length));
-  nb::gil_scoped_release release;
+  GilRelease release;
   ArrowHasher(hasher).hash(schema, array, 0, {keys.data(), keys.size()});
   return keys;
 }
@@ -464,7 +466,7 @@ NewKeys hash_arrow_stream(const KeyHasher& hasher, const nb::capsule& stream_cap
   }
   NewKeys keys = new_keys(size);
   {
-    nb::gil_scoped_release release;
+    GilRelease release;
     ArrowHasher arrow(hasher);
     size_t first = 0;
     for (const auto& [chunk] : chunks) {
@@ -482,7 +484,7 @@ template <class Int>
 void hash_integers(const KeyHasher& hasher, const Column<Int>& values, const Bitmap& valid, OutKeys out) {
   require(values.size() == out.size());
   const Validity validity = validity_of(valid, out.size());
-  nb::gil_scoped_release release;
+  GilRelease release;
   hasher.integers<Int>(bytes_of(values), validity, span_of(out));
 }
 
@@ -490,7 +492,7 @@ void hash_fixed_width(const KeyHasher& hasher, const Column<uint8_t>& text, size
                       OutKeys out) {
   require(text.size() == out.size() * width);
   const Validity validity = validity_of(valid, out.size());
-  nb::gil_scoped_release release;
+  GilRelease release;
   hasher.fixed_width(bytes_of(text), width, true, validity, span_of(out));
 }
 
@@ -498,7 +500,7 @@ void hash_utf32(const KeyHasher& hasher, const Column<uint32_t>& code_points, si
                 OutKeys out) {
   require(code_points.size() == out.size() * width);
   const Validity validity = validity_of(valid, out.size());
-  nb::gil_scoped_release release;
+  GilRelease release;
   const size_t done = hasher.utf32(bytes_of(code_points), width, validity, span_of(out));
   if (done < out.size()) throw_not_utf8(hasher, done);
 }

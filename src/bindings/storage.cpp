@@ -11,6 +11,7 @@
 
 #include "arrays.h"
 #include "checkpoints.h"
+#include "gil.h"
 #include "rescue.h"
 
 namespace nb = nanobind;
@@ -60,7 +61,7 @@ std::unique_ptr<Storage> open_storage(const std::string& path, const std::string
   options.lifetime = lifetime_of(ttl);
   options.disk_bytes = disk_bytes;
   options.read_only = mode == "read_only";
-  const nb::gil_scoped_release released;
+  const GilRelease released;
   return Storage::open(path, options, mode_of(mode));
 }
 
@@ -78,7 +79,7 @@ Table& open_table(Storage& storage, std::optional<uint32_t> group, const std::st
   spec.initializer_settings = {initializer_settings.begin(), initializer_settings.end()};
   spec.seed = seed;
   const damo::WantedAdmission filter = admission_of(admission);
-  const nb::gil_scoped_release released;
+  const GilRelease released;
   return storage.table(std::move(spec), lifetime_of(ttl), filter);
 }
 
@@ -92,7 +93,7 @@ nb::list damages_of(const std::vector<damo::Damage>& damages) {
 nb::dict stats_of(const Storage& storage) {
   damo::StorageStats stats;
   {
-    const nb::gil_scoped_release released;
+    const GilRelease released;
     stats = storage.stats();
   }
   nb::dict out;
@@ -160,7 +161,7 @@ void bind_storage(nb::module_& m) {
       [](const std::string& directory) {
         damo::CheckpointList list;
         {
-          const nb::gil_scoped_release released;
+          const GilRelease released;
           list = damo::list_checkpoints(directory);
         }
         nb::list complete, damaged;
@@ -178,7 +179,7 @@ void bind_storage(nb::module_& m) {
       [](const std::string& checkpoint) {
         damo::CheckpointManifest manifest;
         {
-          const nb::gil_scoped_release released;
+          const GilRelease released;
           manifest = damo::verify_checkpoint(checkpoint);
         }
         return nb::make_tuple(manifest.step, manifest.counters.sequence, manifest.created,
@@ -196,7 +197,7 @@ void bind_storage(nb::module_& m) {
   m.def(
       "check_layouts",
       [](const std::string& checkpoint, const std::vector<const Table*>& tables) {
-        const nb::gil_scoped_release released;
+        const GilRelease released;
         std::vector<damo::TableSpec> wanted;
         for (const Table* table : tables) wanted.push_back(table->spec());
         damo::check_layouts(checkpoint, wanted);
@@ -207,7 +208,7 @@ void bind_storage(nb::module_& m) {
       [](const std::string& path, const std::string& out, const std::string& manifest_of) {
         damo::SalvageReport report;
         {
-          const nb::gil_scoped_release released;
+          const GilRelease released;
           report = Storage::salvage(path, out, manifest_of);
         }
         return nb::make_tuple(report.rows, report.records, damages_of(report.lost));
@@ -218,7 +219,7 @@ void bind_storage(nb::module_& m) {
   m.def(
       "restore",
       [](const std::string& checkpoint, const std::string& path) {
-        const nb::gil_scoped_release released;
+        const GilRelease released;
         Storage::restore(checkpoint, path);
       },
       "checkpoint"_a, "path"_a);
@@ -235,7 +236,7 @@ void bind_storage(nb::module_& m) {
           [](const Storage& storage) {
             std::array<std::byte, 16> id{};
             {
-              const nb::gil_scoped_release released;
+              const GilRelease released;
               id = storage.id();
             }
             return nb::bytes(id.data(), id.size());
@@ -271,7 +272,7 @@ void bind_storage(nb::module_& m) {
             std::vector<std::shared_ptr<Batch>> batches;
             batches.reserve(work.size());  // a lookup that has made its rows may not fail after that
             {
-              const nb::gil_scoped_release released;
+              const GilRelease released;
               for (const Item& item : work)
                 batches.push_back(item.table->lookup(item.keys, item.out, insert, zeros, item.padding));
             }
@@ -293,7 +294,7 @@ void bind_storage(nb::module_& m) {
               const auto lr = given[2].is_none() ? std::nullopt : std::optional(nb::cast<double>(given[2]));
               work.push_back({table, parts_of(*table, nb::cast<nb::list>(given[1])), lr});
             }
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             Table::apply_gradients(work);
           },
           "items"_a,
@@ -304,7 +305,7 @@ void bind_storage(nb::module_& m) {
           "commit",
           [](Storage& storage, int64_t step, const nb::bytes& extra) {
             std::string text(extra.c_str(), extra.size());
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             storage.commit(step, std::move(text));
           },
           "step"_a, "extra"_a)
@@ -313,7 +314,7 @@ void bind_storage(nb::module_& m) {
           [](const Storage& storage) -> nb::object {
             std::optional<damo::CommitRecord> commit;
             {
-              const nb::gil_scoped_release released;
+              const GilRelease released;
               commit = storage.last_commit();
             }
             if (!commit) return nb::none();
@@ -331,7 +332,7 @@ void bind_storage(nb::module_& m) {
                 const nb::gil_scoped_acquire held;
                 fill(staged.string());
               };
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             return storage.checkpoint(directory, step, std::move(text), keep, files);
           },
           "directory"_a, "step"_a, "extra"_a, "keep"_a, "fill"_a.none(),
@@ -347,24 +348,24 @@ void bind_storage(nb::module_& m) {
               if (PyErr_CheckSignals() != 0) throw nb::python_error();
               if (!progress.is_none()) progress(done, total);
             };
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             return storage.dump(path, {group, min_count, updated_since}, report);
           },
           "path"_a, "group"_a.none(), "min_count"_a, "updated_since"_a.none(), "progress"_a.none(),
           nb::sig("def dump(self, path: str, group: int | None, min_count: int, updated_since: int | None, progress: "
                   "collections.abc.Callable[[int, int], object] | None) -> int"))
-      .def_prop_rw("now", &Storage::now, &Storage::set_now, nb::for_getter(nb::call_guard<nb::gil_scoped_release>()),
-                   nb::for_setter(nb::call_guard<nb::gil_scoped_release>()))
+      .def_prop_rw("now", &Storage::now, &Storage::set_now, nb::for_getter(nb::call_guard<GilRelease>()),
+                   nb::for_setter(nb::call_guard<GilRelease>()))
       .def_prop_ro("clock_held_seconds", &Storage::clock_held_seconds)
-      .def("expire", &Storage::expire, "now"_a.none(), nb::call_guard<nb::gil_scoped_release>())
-      .def("compact", &Storage::compact, nb::call_guard<nb::gil_scoped_release>())
-      .def("drop_group", &Storage::drop_group, "group"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("expire", &Storage::expire, "now"_a.none(), nb::call_guard<GilRelease>())
+      .def("compact", &Storage::compact, nb::call_guard<GilRelease>())
+      .def("drop_group", &Storage::drop_group, "group"_a, nb::call_guard<GilRelease>())
       .def(
           "verify",
           [](Storage& storage) {
             damo::VerifyReport report;
             {
-              const nb::gil_scoped_release released;
+              const GilRelease released;
               report = storage.verify();
             }
             return nb::make_tuple(report.rows, report.files, report.bytes, report.records, damages_of(report.damages));
@@ -372,5 +373,5 @@ void bind_storage(nb::module_& m) {
           nb::sig("def verify(self) -> tuple[int, int, int, int, list[tuple[str, str, int | None, int | None, "
                   "tuple[int, int] | None]]]"))
       .def("stats", &stats_of, nb::sig("def stats(self) -> dict[str, typing.Any]"))
-      .def("close", &Storage::close, nb::call_guard<nb::gil_scoped_release>());
+      .def("close", &Storage::close, nb::call_guard<GilRelease>());
 }

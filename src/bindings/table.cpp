@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "arrays.h"
+#include "gil.h"
 #include "schedules.h"
 
 namespace nb = nanobind;
@@ -36,7 +37,7 @@ std::shared_ptr<Batch> forward(Table& table, const AnyKeys& keys, const OutRows&
   float* to = out.data();
   std::shared_ptr<Batch> batch;
   {
-    const nb::gil_scoped_release released;
+    const GilRelease released;
     batch = table.lookup(span, to, insert, zeros, pad);
   }
   return insert ? batch : nullptr;
@@ -84,7 +85,7 @@ void bind_table(nb::module_& m) {
             if (floats.shape(0) != limit || floats.shape(1) != scan.num_floats() || counts.shape(0) != limit ||
                 times.shape(0) != limit)
               throw std::invalid_argument("[scan] the arrays' lengths differ");
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             return scan.next(limit, keys.data(), floats.data(), counts.data(), times.data());
           },
           "keys"_a.noconvert(), "floats"_a.noconvert(), "update_counts"_a.noconvert(), "times"_a.noconvert(),
@@ -124,20 +125,20 @@ void bind_table(nb::module_& m) {
           [](const Table& table) {
             Table::FilterInfo info;
             {
-              const nb::gil_scoped_release released;
+              const GilRelease released;
               info = table.filter_info();
             }
             return filter_info_of(info);
           },
           nb::sig("def filter_info(self) -> dict[str, typing.Any]"))
-      .def("filter_estimated_fpr", &Table::filter_estimated_fpr, nb::call_guard<nb::gil_scoped_release>())
+      .def("filter_estimated_fpr", &Table::filter_estimated_fpr, nb::call_guard<GilRelease>())
       .def(
           "filter_estimate",
           [](const Table& table, const AnyKeys& keys, const OutEstimates& out) {
             const auto span = keys_of("estimate", keys);
             if (out.shape(0) != span.size()) throw std::invalid_argument("[estimate] out has another length than keys");
             uint8_t* to = out.data();
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             table.filter_estimate(span, to);
           },
           "keys"_a.noconvert(), "out"_a.noconvert(),
@@ -148,7 +149,7 @@ void bind_table(nb::module_& m) {
             const auto span = keys_of("check", keys);
             if (out.shape(0) != span.size()) throw std::invalid_argument("[check] out has another length than keys");
             bool* to = out.data();
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             table.filter_check(span, to);
           },
           "keys"_a.noconvert(), "out"_a.noconvert(),
@@ -157,7 +158,7 @@ void bind_table(nb::module_& m) {
       .def(
           "set_rate", [](Table& table, const Rate& rate) { table.set_lr(rate.schedule); }, "rate"_a,
           "From the next update on. Whoever calls it keeps the rate.")
-      .def("__len__", &Table::size, nb::call_guard<nb::gil_scoped_release>())
+      .def("__len__", &Table::size, nb::call_guard<GilRelease>())
       .def("forward", &forward, "keys"_a.noconvert(), "out"_a.noconvert(), "insert"_a, "zeros"_a,
            "padding"_a.none() = nb::none(),
            nb::sig("def forward(self, keys: object, out: object, insert: bool, zeros: bool, padding: int | None = "
@@ -167,7 +168,7 @@ void bind_table(nb::module_& m) {
           "backward",
           [](Table& table, const nb::list& items, std::optional<double> lr) {
             const std::vector<Table::Part> parts = parts_of(table, items);
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             table.apply_gradients(parts, lr);
           },
           "items"_a, "lr"_a.none() = nb::none(),
@@ -179,7 +180,7 @@ void bind_table(nb::module_& m) {
             const std::vector<Table::Part> parts = parts_of(table, items);
             std::pair<std::shared_ptr<Batch>, std::unique_ptr<float[]>> merged;
             {
-              const nb::gil_scoped_release released;
+              const GilRelease released;
               merged = table.merge(parts);
             }
             float* sums = merged.second.release();
@@ -196,7 +197,7 @@ void bind_table(nb::module_& m) {
             check_rows("apply_gradients", "gradients", gradients.shape(0), gradients.shape(1), span.size(),
                        table.spec().dimension, table.spec().label());
             const float* from = gradients.data();
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             table.apply_gradients(span, from, lr);
           },
           "keys"_a.noconvert(), "gradients"_a.noconvert(), "lr"_a.none() = nb::none(),
@@ -205,7 +206,7 @@ void bind_table(nb::module_& m) {
           "erase",
           [](Table& table, const AnyKeys& keys) {
             const auto span = keys_of("erase", keys);
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             return table.erase(span);
           },
           "keys"_a.noconvert(), nb::sig("def erase(self, keys: object) -> int"))
@@ -218,7 +219,7 @@ void bind_table(nb::module_& m) {
               throw std::invalid_argument("[import_rows] the arrays' shapes do not fit");
             const std::span<const uint32_t> counts(update_counts.data(), span.size());
             const float* from = floats.data();
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             table.import_rows(span, counts, from);
           },
           "keys"_a.noconvert(), "update_counts"_a.noconvert(), "floats"_a.noconvert(),
@@ -229,7 +230,7 @@ void bind_table(nb::module_& m) {
             const auto span = keys_of("contains", keys);
             if (out.shape(0) != span.size()) throw std::invalid_argument("[contains] out has another length than keys");
             bool* to = out.data();
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             table.contains(span, to);
           },
           "keys"_a.noconvert(), "out"_a.noconvert(), nb::sig("def contains(self, keys: object, out: object) -> None"))
@@ -237,7 +238,7 @@ void bind_table(nb::module_& m) {
           "prefetch",
           [](Table& table, const AnyKeys& keys) {
             const auto span = keys_of("prefetch", keys);
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             table.prefetch(span);
           },
           "keys"_a.noconvert(), nb::sig("def prefetch(self, keys: object) -> None"))
@@ -245,9 +246,9 @@ void bind_table(nb::module_& m) {
           "inspect",
           [](const Table& table, nb::int_ key) {
             const uint64_t bits = *key_bits(key);
-            const nb::gil_scoped_release released;
+            const GilRelease released;
             return table.inspect(bits);
           },
           "key"_a)
-      .def("scan", &Table::scan, nb::call_guard<nb::gil_scoped_release>(), nb::keep_alive<0, 1>());
+      .def("scan", &Table::scan, nb::call_guard<GilRelease>(), nb::keep_alive<0, 1>());
 }

@@ -142,6 +142,26 @@ print(embedding.step)
             assert embedding.step >= steps
 
 
+@pytest.mark.parametrize("call", ["embedding.lookup([1])", "storage.stats()", "embedding.step", "len(embedding)"])
+def test_a_program_may_end_while_daemon_threads_go_on_after_the_close(path: Path, call: str) -> None:
+    """Some of them come out of a call just when there is no interpreter any more to come back to."""
+    run(
+        f"""
+storage, embedding = make(path)
+def ask():
+    while True:
+        try:
+            {call}
+        except de.ClosedError:
+            pass
+for _ in range(8):
+    threading.Thread(target=ask, daemon=True).start()
+time.sleep(0.1)
+""",
+        path,
+    )
+
+
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_training_between_batches_and_nothing_is_lost(path: Path, way: signal.Signals) -> None:
     script = """
