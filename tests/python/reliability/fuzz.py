@@ -31,6 +31,7 @@ class Fuzz(Suite):
     unit = "runs of each parser"
     small = 0  # damo_fuzz is among the C++ tests
     full = 5_000_000
+    package = ("CMakeLists.txt", "src/core")  # Python is not in it
     files = ("CMakePresets.json", "tests/CMakeLists.txt", "tests/fuzz")
 
     def __enter__(self) -> Fuzz:

@@ -32,8 +32,6 @@ from reliability.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCS, APART = ROOT / "docs", ROOT / "build" / "soak"
-# What every case depends on: the package, and how it is built. What else one does, its suite says, and its imports.
-PACKAGE = ("CMakeLists.txt", "pyproject.toml", "src")
 TESTS = ROOT / "tests" / "python"
 
 
@@ -73,7 +71,7 @@ def depends_on(name: str) -> tuple[str, ...]:
     finder.run_script(inspect.getfile(kind))
     found = {Path(module.__file__) for module in finder.modules.values() if module.__file__}
     modules = sorted(str(path.resolve().relative_to(ROOT)) for path in found)
-    return (*PACKAGE, *kind.files, *modules)
+    return (*kind.package, *kind.files, *modules)
 
 
 def code(*names: str) -> tuple[str, str]:

@@ -42,7 +42,9 @@ class Suite(ABC):
     unit: ClassVar[str]  # what is counted; a key of `done`
     small: ClassVar[int]  # units in scripts/test
     full: ClassVar[int]  # units in scripts/soak
-    files: ClassVar[tuple[str, ...]] = ()  # what it depends on beside the package and the modules that it imports
+    # What its cases depend on: the package and how it is built, the modules that it imports, and more that it names.
+    package: ClassVar[tuple[str, ...]] = ("CMakeLists.txt", "pyproject.toml", "src")
+    files: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self.done: Counter[str] = Counter()
