@@ -140,7 +140,9 @@ size_t HotTier::slab_limit() const noexcept {
 HotTier::SizeClass& HotTier::size_class(size_t slot_bytes) {
   for (SizeClass& known : classes_)
     if (known.slot_bytes == slot_bytes) return known;
-  classes_.push_back({.slot_bytes = static_cast<uint32_t>(slot_bytes), .free_slots = 0, .partial = {}});
+  SizeClass wanted{.slot_bytes = static_cast<uint32_t>(slot_bytes), .free_slots = 0, .partial = {}};
+  wanted.partial.reserve(slabs_.size());  // or free() would ask for memory
+  classes_.push_back(std::move(wanted));
   return classes_.back();
 }
 
@@ -213,7 +215,7 @@ void HotTier::free(Slot slot) noexcept {
   ++owner->free_slots;
   if (!slab.in_partial) {
     slab.in_partial = true;
-    owner->partial.push_back(static_cast<uint32_t>(slab_number));  // reserved: the slab stood here before it was full
+    owner->partial.push_back(static_cast<uint32_t>(slab_number));  // has room for all
   }
   if (slab.used == 0) {
     // An empty slab goes back at once: any size may need it.

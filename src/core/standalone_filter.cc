@@ -36,6 +36,7 @@ void StandaloneFilter::check_open(const char* operation) const {
 
 std::shared_lock<std::shared_mutex> StandaloneFilter::reading(const char* operation) const {
   check_process(operation);
+  const std::lock_guard turn(turn_);
   std::shared_lock lock(mutex_);
   check_open(operation);
   return lock;
@@ -43,6 +44,7 @@ std::shared_lock<std::shared_mutex> StandaloneFilter::reading(const char* operat
 
 std::unique_lock<std::shared_mutex> StandaloneFilter::writing(const char* operation) const {
   check_process(operation);
+  const std::lock_guard turn(turn_);
   std::unique_lock lock(mutex_);
   check_open(operation);
   return lock;
@@ -105,6 +107,7 @@ void StandaloneFilter::sync() {
 void StandaloneFilter::close() {
   if (closed_) return;
   check_process("close");
+  const std::lock_guard turn(turn_);
   const std::unique_lock lock(mutex_);
   if (closed_) return;
   closed_ = true;

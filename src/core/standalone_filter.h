@@ -57,6 +57,7 @@ class StandaloneFilter {
   FilterLayout layout_;
   std::atomic<bool> used_{false}, closed_{false};
   std::atomic<int64_t> process_;
+  mutable std::mutex turn_;          // who waits for the lock has it: those who read would pass it on to each other
   mutable std::shared_mutex mutex_;  // protects what follows
   std::unique_ptr<CountingBloomFilter> filter_;
   std::unique_ptr<FilterFile> file_;

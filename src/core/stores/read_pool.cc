@@ -48,8 +48,7 @@ void ReadPool::help() {
     if (stopping_) return;
     Job& job = *jobs_.front();
     // The next thread begins with the next call's job, so that calls share the pool evenly.
-    jobs_.pop_front();
-    jobs_.push_back(&job);
+    std::rotate(jobs_.begin(), jobs_.begin() + 1, jobs_.end());
     ++job.helpers;
     work_on(job, lock);
     std::erase(jobs_, &job);
