@@ -61,15 +61,10 @@ void Storage::load_filters() {
 void Storage::adopt_files(const SavedFilters& filters, uint64_t cut) {
   if (filters.empty()) return;
   const std::lock_guard order(order_);
-  const Manifest before = manifest_;
-  filters.note_in(manifest_);
-  manifest_.cut = cut;
-  try {
-    save_manifest();
-  } catch (...) {
-    manifest_ = before;
-    throw;
-  }
+  Manifest wanted = manifest_;
+  filters.note_in(wanted);
+  wanted.cut = cut;
+  save_manifest(std::move(wanted));
   for (const TableSpec& spec : manifest_.tables)
     if (spec.admission) tables_[spec.group]->admission()->saved = spec.admission->saved;
 }
@@ -107,16 +102,11 @@ void Storage::drop_filter(Table& table) {
   const uint64_t cut = cut_log();
   const std::lock_guard cutting(cutting_);
   const std::lock_guard order(order_);
-  const Manifest before = manifest_;
-  for (TableSpec& stored : manifest_.tables)
+  Manifest wanted = manifest_;
+  for (TableSpec& stored : wanted.tables)
     if (stored.table_id == table.spec().table_id) stored.admission.reset();
-  manifest_.cut = std::max(manifest_.cut, cut);
-  try {
-    save_manifest();
-  } catch (...) {
-    manifest_ = before;
-    throw;
-  }
+  wanted.cut = std::max(wanted.cut, cut);
+  save_manifest(std::move(wanted));
   set_admission(table, std::nullopt);
   remove_old_filters();
 }

@@ -44,7 +44,7 @@ class Batch {
   size_t num_positions() const noexcept { return index.size(); }
   size_t num_rows() const noexcept { return mixed.size(); }
 
-  const void* table = nullptr;                 // whose lookup made it
+  uint64_t table = 0;                          // Table::serial_ of whose lookup made it; 0: nobody's
   std::vector<uint64_t> mixed;                 // [rows] mix_key of each distinct key, in order of first appearance
   std::vector<uint32_t> index;                 // [positions] which distinct key, or kNoRow
   std::vector<uint32_t> first;                 // [rows] position of first appearance

@@ -132,11 +132,13 @@ void Storage::settle_lifetimes() {
   save_manifest();
 }
 
-// Nobody changes rows of the table meanwhile: it is not open yet, or its only owner waits for this. Reads the whole
-// table once, to count its rows by the new ages. What had expired is erased, or it would be back under a longer life.
+// Nobody changes rows of the table meanwhile: it is not open yet, or its only owner waits for this, and the disk keeper
+// is told. Reads the whole table once, to count its rows by the new ages. What had expired is erased, or it would be
+// back under a longer life.
 void Storage::change_lifetime(Table& table, const Lifetime& lifetime, bool own) {
   const TableSpec& spec = table.spec();
   AgeCounts counts;
+  const Table::CountedAnew here(table, order_);
   if (lifetime != spec.lifetime || table.counters().lifetime != spec.lifetime) {
     CutInfo info;
     const std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
@@ -160,20 +162,16 @@ void Storage::change_lifetime(Table& table, const Lifetime& lifetime, bool own) 
   } else {
     counts = table.counters().rows;
   }
+  if (logs_) log_->sync();  // or a longer life could be there without what had expired before being gone
   {
     const std::lock_guard order(order_);
-    const Manifest manifest = manifest_;
-    for (TableSpec& stored : manifest_.tables) {
+    Manifest wanted = manifest_;
+    for (TableSpec& stored : wanted.tables) {
       if (stored.table_id != spec.table_id) continue;
       stored.lifetime = lifetime;
       stored.own_lifetime = own;
     }
-    try {
-      save_manifest();
-    } catch (...) {
-      manifest_ = manifest;
-      throw;
-    }
+    save_manifest(std::move(wanted));
     table.adopt(lifetime, own, std::move(counts));
     note_lifetimes();
   }

@@ -33,14 +33,19 @@ size_t default_threads() { return std::max(1u, std::thread::hardware_concurrency
 
 // --------------------------------------------------------------------- use
 
-Storage::Use::Use(const Storage& storage, const char* operation) {
+Storage::Use::Use(const Storage& storage, const char* operation) : storage_(storage), outer_(innermost) {
   storage.check_process(operation);
   AskingForRates::check(operation);
-  open_ = std::shared_lock(storage.life_);
-  if (storage.closed_)
+  const Use* use = outer_;
+  while (use != nullptr && &use->storage_ != &storage) use = use->outer_;
+  if (use == nullptr && !storage.closing_) open_ = std::shared_lock(storage.life_);
+  if (use == nullptr && storage.closing_)
     throw ClosedError(std::string("[") + operation + "] the storage " + storage.path_.string() +
                       " is closed: open it again with Storage(path)");
+  innermost = this;
 }
+
+Storage::Use::~Use() { innermost = outer_; }
 
 Storage::AskingForRates::AskingForRates() noexcept { asking_for_rates = true; }
 
@@ -302,7 +307,8 @@ void Storage::close_now() {
   if (closed_) return;
   check_process("close");
   {
-    // Calls in flight end first; a call that waits for the background must not wait for ever.
+    // Calls in flight end first. None begins meanwhile: the lock goes to those who share it as long as there is one.
+    closing_ = true;
     const std::unique_lock alone(life_);
     if (closed_) return;
     closed_ = true;
@@ -467,15 +473,17 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, Wanted
   if (wanted.admission)
     filter_bytes = check_filter_memory("embedding", CountingBloomFilter::memory_bytes(admission.filter));
   auto table = std::make_unique<Table>(*this, wanted);
-  manifest_.tables.push_back(wanted);
-  std::sort(manifest_.tables.begin(), manifest_.tables.end(),
+  Manifest manifest = manifest_;
+  manifest.tables.push_back(wanted);
+  std::sort(manifest.tables.begin(), manifest.tables.end(),
             [](const TableSpec& a, const TableSpec& b) { return a.group < b.group; });
-  ++manifest_.next_table_id;
-  manifest_changed_ = true;
+  ++manifest.next_table_id;
   if (wanted.admission) tiers_->lend(filter_bytes);
   const std::lock_guard structure(tiers_->structure());
+  tables_by_id_[wanted.table_id] = table.get();  // the last that may fail
+  manifest_ = std::move(manifest);
+  manifest_changed_ = true;
   next_table_id_ = manifest_.next_table_id;
-  tables_by_id_[wanted.table_id] = table.get();
   tables_[wanted.group] = std::move(table);
   tables_[wanted.group]->in_use_ = true;
   note_lifetimes();
@@ -495,15 +503,12 @@ void Storage::drop_group(uint32_t group) {
   if (group >= kNumGroups || !tables_[group])
     throw std::invalid_argument("[drop_group] there is no group " + std::to_string(group) + " in " + path_.string());
   const uint32_t table_id = tables_[group]->spec().table_id;
-  const Manifest before = manifest_;
-  std::erase_if(manifest_.tables, [&](const TableSpec& spec) { return spec.table_id == table_id; });
-  try {
-    // Redo passes over records of a table that the manifest does not know any more.
-    save_manifest();
-  } catch (...) {
-    manifest_ = before;
-    throw;
-  }
+  Manifest wanted = manifest_;
+  std::erase_if(wanted.tables, [&](const TableSpec& spec) { return spec.table_id == table_id; });
+  // What was done before the drop is not to be lost without it: rows may have been copied out of the group.
+  if (logs_) log_->sync();
+  // Redo passes over records of a table that the manifest does not know any more.
+  save_manifest(std::move(wanted));
   tables_[group]->dropped_ = true;
   tables_[group]->set_admission(std::nullopt);
   {
@@ -522,6 +527,18 @@ void Storage::save_manifest() {
   // In mode commit the next recovery point saves it.
   if (!point_) write_file_atomically(generation_ / "MANIFEST", encode_manifest(manifest_));
   manifest_changed_ = false;
+}
+
+void Storage::save_manifest(Manifest wanted) {
+  std::swap(manifest_, wanted);
+  try {
+    save_manifest();
+  } catch (...) {
+    // The file may be there all the same, where only a sync failed: the next operation writes this one over it.
+    manifest_ = std::move(wanted);
+    manifest_changed_ = true;
+    throw;
+  }
 }
 
 // ------------------------------------------------------------------ commit
@@ -622,8 +639,7 @@ uint64_t Storage::cut_log() {
   }
   check_in_place();  // a cut takes its time, and what follows is written and removed by name
   filters.save();
-  if (tiers_->presence().complete() || planted("unfinished presence filter saved"))
-    tiers_->presence().save(presence_file(), start.sequence);
+  save_presence_if_it_can(generation_, start.sequence);
   adopt_files(filters, start.sequence);
   check_in_place();
   if (planted("log cut too far")) {

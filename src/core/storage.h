@@ -193,13 +193,20 @@ class Storage {
   explicit Storage(Private, std::unique_ptr<StorageDirectory> directory, const StorageOptions& options);
 
  private:
-  // A call in flight: keeps the storage open until it is over.
+  // A call in flight: keeps the storage open until it is over. One within another (`progress` and `fill` may look at
+  // the storage) needs no lock of its own. On the stack of its thread alone.
   class Use {
    public:
     Use(const Storage& storage, const char* operation);
+    ~Use();
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
 
    private:
+    const Storage& storage_;
+    const Use* const outer_;  // of this thread, of any storage
     std::shared_lock<std::shared_mutex> open_;
+    inline static thread_local const Use* innermost = nullptr;
   };
   // While schedules are asked for rates, which may run a caller's code under the order lock: a call from there to this
   // or any other storage would wait for a lock that its own thread holds, so it is refused instead.
@@ -241,6 +248,8 @@ class Storage {
   void verify_files(VerifyReport& report) const;  // of a read-only storage: as they are now
   void redo(const LogRecord& record);
   void save_manifest();  // the order lock is held, or nobody else is there
+  // The same with another one, which is taken back when that fails.
+  void save_manifest(Manifest wanted);
   Table* table_by_id(uint32_t table_id) const;
   [[noreturn]] void throw_no_such_group(const TableSpec& wanted) const;  // read-only; order lock held
   void settle_lifetimes();                                               // at open, after redo
@@ -313,8 +322,9 @@ class Storage {
   StorageOptions options_;
   int64_t process_;
 
-  mutable std::shared_mutex life_;  // calls hold it shared, close() alone
-  std::atomic<bool> closed_{false};
+  mutable std::shared_mutex life_;    // calls hold it shared, close() alone
+  std::atomic<bool> closing_{false};  // no call begins any more
+  std::atomic<bool> closed_{false};   // nor is one in flight
 
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<Store> store_;

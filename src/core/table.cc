@@ -2,6 +2,7 @@
 #include "table.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <iterator>
@@ -77,7 +78,11 @@ void Table::set_counters(const TableCounters& counters) {
   counts_fit_ = counters.lifetime == spec().lifetime;
 }
 
-Table::Table(Storage& storage, TableSpec spec) : storage_(storage), shape_(std::move(spec)) {
+Table::Table(Storage& storage, TableSpec spec)
+    : storage_(storage), shape_(std::move(spec)), serial_([] {
+        static std::atomic<uint64_t> made{0};
+        return ++made;
+      }()) {
   set_lr(shape_.optimizer->lr());
   set_admission(shape_.spec.admission);
 }
@@ -128,7 +133,7 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
     storage_.check_may_change("lookup", "pass insert=False, which gives no key a row (a torch module: eval()), or ");
   Tiers& tiers = *storage_.tiers_;
   auto batch = std::make_shared<Batch>(keys, padding);
-  batch->table = this;
+  batch->table = serial_;
   const size_t dimension = spec().dimension;
   const Expiry expiry = expiry_now();
   const auto first_weights = [&](uint32_t r) {
@@ -145,7 +150,7 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
   if (insert) {
     // All in one record, so that after a crash the lookup made all of its rows or none.
     std::vector<uint32_t> fresh = std::move(read.gone);
-    std::optional<uint32_t> absent_at;
+    std::optional<uint64_t> absent_at;
     if (!read.missing.empty()) {
       Tiers::Absent absent = tiers.bring_in(shape_, expiry, *batch, std::move(read.missing), out);
       // The epoch says nothing of the rows that are gone: those were seen before it.
@@ -190,7 +195,7 @@ std::shared_ptr<Batch> Table::lookup(std::span<const uint64_t> keys, float* out,
   return batch;
 }
 
-void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<uint32_t> absent_at, float* out) {
+void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<uint64_t> absent_at, float* out) {
   Tiers& tiers = *storage_.tiers_;
   const size_t dimension = spec().dimension, chunk_rows = tiers.chunk_rows(shape_);
   uint64_t sequence = 0;
@@ -270,7 +275,7 @@ void Table::set_admission(const std::optional<AdmissionSpec>& spec) {
 }
 
 std::vector<uint32_t> Table::admit(Admission& admission, Batch& batch, std::vector<uint32_t> rows,
-                                   std::optional<uint32_t> absent_at, float* out) {
+                                   std::optional<uint64_t> absent_at, float* out) {
   Tiers& tiers = *storage_.tiers_;
   const size_t dimension = spec().dimension, chunk_rows = tiers.chunk_rows(shape_);
   // In order of first appearance, in whatever order they were found missing.
@@ -453,7 +458,7 @@ Table::Sums Table::sum(std::span<const Part> parts) const {
   std::vector<const Batch*> batches;
   size_t total = 0;
   for (const Part& part : parts) {
-    if (part.batch->table != nullptr && part.batch->table != this)
+    if (part.batch->table != 0 && part.batch->table != serial_)
       throw std::invalid_argument("[apply_gradients] the batch comes from a lookup of another group than " +
                                   spec().label());
     gradients.push_back(part.gradients);
@@ -475,7 +480,7 @@ std::pair<std::shared_ptr<Batch>, std::unique_ptr<float[]>> Table::merge(std::sp
   const Storage::Use use(storage_, "merge");
   Sums sums = sum(parts);
   auto batch = std::make_shared<Batch>(*sums.batch);
-  batch->table = this;
+  batch->table = serial_;
   batch->index.resize(batch->num_rows());
   std::iota(batch->index.begin(), batch->index.end(), 0u);
   batch->first = batch->index;
@@ -692,7 +697,7 @@ uint64_t Table::erase(std::span<const uint64_t> keys) {
 void Table::purge(std::span<const uint64_t> keys) { erase(keys, Erased::kAll, ~uint64_t{0}); }
 
 uint64_t Table::erase_unless_newer(std::span<const uint64_t> keys, uint64_t sequence) {
-  return dropped_ ? 0 : erase(keys, Erased::kLiving, sequence);
+  return erase(keys, Erased::kForgotten, sequence);
 }
 
 uint64_t Table::erase(std::span<const uint64_t> keys, Erased what, uint64_t newest) {
@@ -701,6 +706,8 @@ uint64_t Table::erase(std::span<const uint64_t> keys, Erased what, uint64_t newe
   uint64_t sequence = 0, gone = 0;
   {
     const std::unique_lock order = storage_.begin_operation();
+    // Whoever forgets rows did not ask before, and comes again.
+    if (what == Erased::kForgotten && (dropped_ || counted_anew_)) return 0;
     const int64_t time = storage_.read_clock();
     // With no expiry, rows that have expired are there, too. They are counted no more.
     const Expiry expiry = what == Erased::kAll ? Expiry{} : expiry_at(time);

@@ -140,15 +140,15 @@ class Table {
   void purge(std::span<const uint64_t> keys);
   // Erases rows that no operation after `sequence` has changed; returns how many went.
   uint64_t erase_unless_newer(std::span<const uint64_t> keys, uint64_t sequence);
-  enum class Erased { kLiving, kAll };
+  enum class Erased { kLiving, kAll, kForgotten };  // kForgotten: living ones, to make room
   uint64_t erase(std::span<const uint64_t> keys, Erased what, uint64_t newest);
   void adopt(const Lifetime& lifetime, bool own, AgeCounts counts);  // order lock held
   void adopt(const TableSpec& wanted);  // other optimizer settings of the same layout; order and structure lock held
-  void create(Batch& batch, std::span<const uint32_t> rows, std::optional<uint32_t> absent_at, float* out);
+  void create(Batch& batch, std::span<const uint32_t> rows, std::optional<uint64_t> absent_at, float* out);
   // The same in a group with a filter: counts the keys that still have no row, and makes the rows of those that come to
   // its count. Returns the others.
   std::vector<uint32_t> admit(Admission& admission, Batch& batch, std::vector<uint32_t> rows,
-                              std::optional<uint32_t> absent_at, float* out);
+                              std::optional<uint64_t> absent_at, float* out);
   // Null in a group without a filter.
   std::shared_ptr<Admission> admission() const;
   std::shared_ptr<Admission> admission(const char* operation) const;  // std::invalid_argument instead
@@ -190,13 +190,32 @@ class Table {
   void redo_count(uint64_t sequence, const CountRecord& record, const std::string& source, uint64_t offset);
   void redo_import(uint64_t sequence, const ImportRecord& record, const std::string& source, uint64_t offset);
 
+  // While its rows are counted from a snapshot: the disk keeper leaves them alone.
+  class CountedAnew {
+   public:
+    CountedAnew(Table& table, std::mutex& order) : table_(table), order_(order) { set(true); }
+    ~CountedAnew() { set(false); }
+    CountedAnew(const CountedAnew&) = delete;
+    CountedAnew& operator=(const CountedAnew&) = delete;
+
+   private:
+    void set(bool value) {
+      const std::lock_guard order(order_);
+      table_.counted_anew_ = value;
+    }
+    Table& table_;
+    std::mutex& order_;
+  };
+
   Storage& storage_;
   TableShape shape_;
   mutable std::mutex counts_mutex_;  // protects counts_, which is written under the order lock too
   AgeCounts counts_;
   bool counts_fit_ = true;  // false: the log disagrees with them, they are made anew from the rows
   std::atomic<uint64_t> step_{0};
+  const uint64_t serial_;  // in this process, which an address is not: another table may have that later
   std::atomic<bool> dropped_{false};
+  bool counted_anew_ = false;          // order lock
   mutable std::mutex schedule_mutex_;  // protects the pointer, for a moment: a schedule is asked without it
   std::shared_ptr<const Schedule> schedule_;
   bool in_use_ = false;                 // some Embedding of this process has it; order lock

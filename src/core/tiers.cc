@@ -268,7 +268,7 @@ Tiers::Absent Tiers::bring_in(const TableShape& shape, const Expiry& expiry, Bat
   Absent absent{.rows = {}, .epoch = epoch()};
   std::vector<uint32_t> chunk;
   while (!rows.empty()) {
-    const uint32_t read_at = epoch();
+    const uint64_t read_at = epoch();
     const size_t size = std::min(rows.size(), chunk_size);
     chunk.assign(rows.end() - static_cast<ptrdiff_t>(size), rows.end());
     rows.resize(rows.size() - size);
@@ -347,7 +347,7 @@ Tiers::Absent Tiers::bring_in(const TableShape& shape, const Expiry& expiry, Bat
 // --------------------------------------------------------------- operations
 
 Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, const Batch& batch,
-                               std::span<const uint32_t> rows, bool create, std::optional<uint32_t> absent_at) {
+                               std::span<const uint32_t> rows, bool create, std::optional<uint64_t> absent_at) {
   const uint32_t table_id = shape.spec.table_id;
   const size_t slot_bytes = hot_.slot_bytes(shape.num_floats());
   // For each row: the epoch at which it was found absent from both tiers, if it was.
@@ -386,14 +386,14 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, co
           prepared.fresh.push_back(r);
         else
           prepared.slots[r] = kNoSlot;
-      } else if ((absent[r] == kUnknown || removed_since(mixed, static_cast<uint32_t>(absent[r]))) &&
+      } else if ((absent[r] == kUnknown || removed_since(mixed, absent[r])) &&
                  (create || may_be_cold(StoredKey::make(table_id, mixed)))) {
         misses.push_back(r);
       } else if (create) {
         need_slot.push_back(r);
       }
     }
-    const uint32_t epoch = epoch_.load(std::memory_order_relaxed);
+    const uint64_t epoch = epoch_.load(std::memory_order_relaxed);
     if (misses.empty()) {
       // All known. Reserve what creation needs, so that it cannot fail after the log write.
       std::vector<Slot> slots;

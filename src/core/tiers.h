@@ -77,7 +77,7 @@ class Tiers {
   size_t chunk_rows(const TableShape& shape) const noexcept;
 
   // Rounds of removals so far. Take it before reading the cold tier.
-  uint32_t epoch() const noexcept { return epoch_.load(std::memory_order_acquire); }
+  uint64_t epoch() const noexcept { return epoch_.load(std::memory_order_acquire); }
 
   // ---- lookups (any thread, no lock held)
 
@@ -110,7 +110,7 @@ class Tiers {
   // that exist nowhere, and an epoch at which that was so.
   struct Absent {
     std::vector<uint32_t> rows;
-    uint32_t epoch;
+    uint64_t epoch;
   };
   // Waits until memory for that many rows, at most chunk_rows, is free. No lock held.
   void make_room(const TableShape& shape, size_t rows);
@@ -129,9 +129,9 @@ class Tiers {
   // that follows can fail. Without `create`, rows that exist nowhere have kNoSlot. `absent_at`: an epoch at which all
   // `rows` were found absent (saves looking again). Throws with nothing changed.
   Prepared prepare(const TableShape& shape, const Expiry& expiry, const Batch& batch, std::span<const uint32_t> rows,
-                   bool create, std::optional<uint32_t> absent_at = std::nullopt);
+                   bool create, std::optional<uint64_t> absent_at = std::nullopt);
   // For `absent_at`: rows that an earlier prepare under the same hold of the order lock found nowhere. They stay so.
-  static constexpr uint32_t kStillAbsent = ~uint32_t{0};
+  static constexpr uint64_t kStillAbsent = ~uint64_t{0} - 1;
   // Gives back the slots of fresh rows when the operation does not happen after all.
   void abandon(Prepared& prepared) noexcept;
   // Turns the fresh rows into rows: update count 0, first floats.
@@ -204,7 +204,7 @@ class Tiers {
     bool erased;
   };
 
-  bool removed_since(uint64_t mixed, uint32_t epoch) const noexcept {
+  bool removed_since(uint64_t mixed, uint64_t epoch) const noexcept {
     return removed_[mixed >> 24 & (removed_.size() - 1)] > epoch;
   }
   void remove_row(Slot slot);                                                    // structure lock held
@@ -247,9 +247,9 @@ class Tiers {
 
   std::mutex write_mutex_;
   mutable std::mutex structure_;
-  std::atomic<uint32_t> epoch_{0};
+  std::atomic<uint64_t> epoch_{0};
   std::atomic<uint64_t> moves_{0};
-  std::vector<uint32_t> removed_;  // epoch of the last removal, per bucket of keys; structure lock
+  std::vector<uint64_t> removed_;  // epoch of the last removal, per bucket of keys; structure lock
   size_t pending_bytes_ = 0;       // slots that lookups hold while they read; structure lock
 
   // the open cut; structure lock

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,55 @@ time.sleep(0.1)
 """,
         path,
     )
+
+
+def test_a_close_does_not_wait_for_calls_that_begin_after_it(path: Path) -> None:
+    """The lock went from one call to the next, and close() waited as long as any thread went on asking."""
+    keys = np.arange(20_000)
+    storage = de.Storage(path, memory="64MiB", threads=1)
+    embedding = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=16, group=1)
+    embedding.lookup(keys)
+    calls = [0] * 8
+
+    def ask(place: int) -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                embedding.lookup(keys, insert=False)
+            except de.ClosedError:
+                return
+            calls[place] += 1
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    while min(calls) < 3:
+        time.sleep(0.01)
+    before = sum(calls)
+    storage.close()
+    assert sum(calls) - before <= 20 * len(calls)  # those in flight, and what came before close() was heard of
+    for thread in threads:
+        thread.join()
+
+
+def test_a_call_from_a_call_in_flight_is_answered_while_the_storage_waits_to_be_closed(path: Path) -> None:
+    storage = de.Storage(path, memory="16MiB")
+    embedding = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=16, group=1)
+    embedding.lookup(np.arange(100))
+    closer = threading.Thread(target=storage.close)
+    answers: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if not closer.is_alive() and not answers:
+            closer.start()
+            time.sleep(0.3)
+        answers.append(len(embedding))
+
+    assert storage.dump(path.parent / "dump", progress=progress) == 100
+    closer.join()
+    assert set(answers) == {100}
+    with pytest.raises(de.ClosedError):
+        storage.stats()
 
 
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
