@@ -196,13 +196,22 @@ void bind_storage(nb::module_& m) {
       "checkpoint"_a, nb::sig("def read_checkpoint(checkpoint: str) -> tuple[int, int, int, bytes]"));
   m.def(
       "check_layouts",
-      [](const std::string& checkpoint, const std::vector<const Table*>& tables) {
-        const GilRelease released;
+      [](const std::string& checkpoint, const std::vector<std::pair<const Table*, nb::object>>& tables,
+         uint64_t memory_bytes) {
         std::vector<damo::TableSpec> wanted;
-        for (const Table* table : tables) wanted.push_back(table->spec());
-        damo::check_layouts(checkpoint, wanted);
+        for (const auto& [table, admission] : tables) {
+          wanted.push_back(table->spec());
+          const damo::WantedAdmission filter = admission_of(admission);
+          wanted.back().admission.reset();
+          if (filter.kind == damo::WantedAdmission::Kind::kFilter)
+            wanted.back().admission = damo::AdmissionSpec{filter.filter, 0};
+        }
+        const GilRelease released;
+        damo::check_layouts(checkpoint, wanted, memory_bytes);
       },
-      "checkpoint"_a, "tables"_a);
+      "checkpoint"_a, "tables"_a, "memory_bytes"_a,
+      nb::sig("def check_layouts(checkpoint: str, tables: collections.abc.Sequence[tuple[Table, tuple[int, int, float, "
+              "int] | tuple[()] | None]], memory_bytes: int) -> None"));
   m.def(
       "salvage",
       [](const std::string& path, const std::string& out, const std::string& manifest_of) {
@@ -218,11 +227,16 @@ void bind_storage(nb::module_& m) {
               "int | None, tuple[int, int] | None]]]"));
   m.def(
       "restore",
-      [](const std::string& checkpoint, const std::string& path) {
-        const GilRelease released;
-        Storage::restore(checkpoint, path);
+      [](const std::string& checkpoint, const std::string& path, uint64_t memory_bytes, const nb::bytearray& done) {
+        if (done.size() != 1) throw std::invalid_argument("[restore] done has to have one byte");
+        {
+          const GilRelease released;
+          Storage::restore(checkpoint, path, memory_bytes);
+        }
+        // Before Python looks for signals: an exception of Ctrl-C comes out of the call though it has done its work.
+        static_cast<char*>(const_cast<nb::bytearray&>(done).data())[0] = 1;
       },
-      "checkpoint"_a, "path"_a);
+      "checkpoint"_a, "path"_a, "memory_bytes"_a, "done"_a);
 
   nb::class_<Storage>(m, "Storage", "One directory, its groups, its log, its rows.")
       .def_static("open", &open_storage, "path"_a, "mode"_a, "memory_bytes"_a, "durability"_a, "threads"_a,

@@ -24,4 +24,8 @@ struct Budget {
   size_t filters() const { return rows / 2; }
 };
 
+// std::invalid_argument when filters of that many bytes are more than `memory` has for them. `more`: one is being
+// added.
+void check_filters_fit(const char* operation, size_t filters, size_t memory, bool more);
+
 }  // namespace damo

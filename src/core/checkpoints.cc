@@ -12,6 +12,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "budget.h"
 #include "error.h"
 #include "file.h"
 #include "planted.h"
@@ -101,13 +102,30 @@ CheckpointManifest verify_checkpoint(const fs::path& checkpoint) {
   return manifest;
 }
 
-void check_layouts(const fs::path& checkpoint, const std::vector<TableSpec>& wanted) {
+void check_layouts(const fs::path& checkpoint, const std::vector<TableSpec>& wanted, size_t memory_bytes) {
   const std::string source = (checkpoint / "MANIFEST").string();
   const std::string groups = read_file(checkpoint / "MANIFEST", kMaxManifestBytes);
-  for (const TableSpec& stored : decode_manifest(std::as_bytes(std::span(groups)), source).tables)
-    for (const TableSpec& table : wanted)
-      if (table.name.empty() ? table.group == stored.group : table.name == stored.name)
-        check_same_layout(stored, table);
+  Manifest manifest = decode_manifest(std::as_bytes(std::span(groups)), source);
+  for (const TableSpec& table : wanted) {
+    const auto stored = std::find_if(manifest.tables.begin(), manifest.tables.end(), [&](const TableSpec& spec) {
+      return table.name.empty() ? table.group == spec.group : table.name == spec.name;
+    });
+    if (stored == manifest.tables.end()) {
+      if (table.admission) manifest.tables.push_back(table);
+      continue;
+    }
+    check_same_layout(*stored, table);
+    if (table.admission && stored->admission) check_same_filter(*stored, table.admission->filter);
+    if (!stored->admission) stored->admission = table.admission;
+  }
+  check_filters_fit("restore", filter_bytes(manifest), memory_bytes, false);
+}
+
+size_t filter_bytes(const Manifest& manifest) {
+  size_t bytes = 0;
+  for (const TableSpec& spec : manifest.tables)
+    if (spec.admission) bytes += CountingBloomFilter::memory_bytes(spec.admission->filter);
+  return bytes;
 }
 
 CheckpointList list_checkpoints(const fs::path& directory) {

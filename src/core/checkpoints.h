@@ -46,8 +46,12 @@ void check_lengths(const std::filesystem::path& checkpoint, const CheckpointMani
 // file that is missing, damaged, or of a newer version.
 CheckpointManifest verify_checkpoint(const std::filesystem::path& checkpoint);
 
-// SchemaMismatchError when a group of the checkpoint could not be opened as `wanted` has it.
-void check_layouts(const std::filesystem::path& checkpoint, const std::vector<TableSpec>& wanted);
+// SchemaMismatchError when a group of the checkpoint could not be opened as `wanted` has it; std::invalid_argument when
+// `memory_bytes` have no room for the filters. `wanted` has the filters that were asked for, not those that there are.
+void check_layouts(const std::filesystem::path& checkpoint, const std::vector<TableSpec>& wanted, size_t memory_bytes);
+
+// What the filters of its groups take in memory.
+size_t filter_bytes(const Manifest& manifest);
 
 // What lies in `directory`; nothing when it does not exist. StorageError when it cannot be read. Links are not
 // followed: what they lead to is somewhere else.

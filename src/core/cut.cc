@@ -13,6 +13,7 @@
 #include <cstring>
 #include <ctime>
 
+#include "budget.h"
 #include "checkpoints.h"
 #include "error.h"
 #include "planted.h"
@@ -208,11 +209,12 @@ std::vector<std::string> Storage::checkpoint(const fs::path& directory, int64_t 
   return remove_checkpoints(wanted.parent_path(), groups.storage_id, siblings);
 }
 
-void Storage::restore(const fs::path& checkpoint, const fs::path& path) {
+void Storage::restore(const fs::path& checkpoint, const fs::path& path, size_t memory_bytes) {
   const fs::path from = fs::absolute(checkpoint).lexically_normal();
   const CheckpointManifest manifest = verify_checkpoint(from);
   const std::string groups = read_file(from / "MANIFEST", kMaxManifestBytes);
   Manifest restored = decode_manifest(std::as_bytes(std::span(groups)), (from / "MANIFEST").string());
+  check_filters_fit("restore", filter_bytes(restored), memory_bytes, false);
   std::vector<std::pair<AdmissionSpec, SavedFilter>> filters;
   for (const TableSpec& spec : restored.tables) {
     if (!spec.admission || spec.admission->saved == 0) continue;

@@ -90,7 +90,9 @@ uint64_t Storage::expire(std::optional<int64_t> now) {
       return rows;
     };
     const uint64_t before = living();
-    const ExpireRecord record{std::max(read_clock(), now.value_or(wanted_now()))};
+    // A time that is given counts as for set_now(): the wall clock is not asked.
+    const ExpireRecord record{now ? std::max({*now, clock_.load(), given_now_.load()})
+                                  : std::max(read_clock(), wanted_now())};
     const std::string body = encode_expire(record);
     const std::array<Bytes, 1> parts{std::as_bytes(std::span(body))};
     sequence = append(RecordType::kExpire, parts);

@@ -369,16 +369,8 @@ size_t Storage::check_filter_memory(const char* operation, size_t more) const {
     const auto known = tables_[spec.group] ? tables_[spec.group]->admission() : nullptr;
     wanted += known ? known->filter->memory_bytes() : CountingBloomFilter::memory_bytes(spec.admission->filter);
   }
-  const size_t allowed = Budget(options_.memory_bytes).filters();
-  if (wanted <= allowed) return wanted;
-  size_t memory = options_.memory_bytes >> 20;
-  while (Budget(++memory << 20).filters() < wanted) {
-  }
-  throw std::invalid_argument(std::string("[") + operation + "] admission filters take " + std::to_string(wanted) +
-                              " bytes, of memory=" + std::to_string(options_.memory_bytes) + " they may take " +
-                              std::to_string(allowed) + ": open the storage with memory=\"" + std::to_string(memory) +
-                              "MiB\" or more" +
-                              (more != 0 ? ", or give the filter a smaller capacity or a higher fpr" : ""));
+  check_filters_fit(operation, wanted, options_.memory_bytes, more != 0);
+  return wanted;
 }
 
 Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, WantedAdmission admission) {

@@ -108,8 +108,10 @@ class Storage {
  public:
   static std::unique_ptr<Storage> open(const std::filesystem::path& path, const StorageOptions& options, OpenMode mode);
   // Replaces what is at `path` (a storage that is not open, an empty directory, or nothing) by the checkpoint.
-  // Verifies every file first; on any error nothing has changed.
-  static void restore(const std::filesystem::path& checkpoint, const std::filesystem::path& path);
+  // Verifies every file first; on any error nothing has changed. std::invalid_argument: its filters need more than
+  // `memory_bytes`, with which it is going to be opened.
+  static void restore(const std::filesystem::path& checkpoint, const std::filesystem::path& path,
+                      size_t memory_bytes = ~size_t{0});
   ~Storage();
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;

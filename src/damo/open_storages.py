@@ -22,6 +22,7 @@ import damo_embedding as de
 from damo.initializer import stored_initializer
 from damo.open_once import Held, OpenOnce
 from damo_embedding import _core
+from damo_embedding.storage import parse_bytes
 
 __all__ = ["Group", "OpenStorage", "open_storage"]
 
@@ -120,22 +121,19 @@ class OpenStorage:
         if not os.path.isfile(os.path.join(checkpoint, "CHECKPOINT")):
             raise de.StorageError(f"[load_from_checkpoint] {checkpoint} is not a checkpoint: it has no file CHECKPOINT")
         aside = f"{self._path}.before-load-{os.getpid()}-{next(_counter)}"
+        memory, done = parse_bytes("memory", self._options()["memory"]), bytearray(1)
         with self.lock:
             self._close()
             try:
                 # Only now that nobody uses it: an update between the copy and the load would be lost.
                 with self._reopened() as unused:
                     unused.checkpoint(aside)
-                _core.restore(checkpoint, self._path)
-            except BaseException:
-                self._bind(self._reopened())
-                shutil.rmtree(aside, ignore_errors=True)
-                raise
-            try:
+                _core.restore(checkpoint, self._path, memory, done)
                 self._bind(self._reopened())
             except BaseException as error:
-                error.add_note(f"If the content of before is not back, it is in {aside}")
-                _core.restore(aside, self._path)
+                if done[0]:  # Ctrl-C may come when the work is done
+                    error.add_note(f"If the content of before is not back, it is in {aside}")
+                    _core.restore(aside, self._path, memory, bytearray(1))
                 self._bind(self._reopened())
                 shutil.rmtree(aside, ignore_errors=True)
                 raise

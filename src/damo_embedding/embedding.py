@@ -138,7 +138,7 @@ class Embedding:
         self._table: _core.Table
         self._open_table()
         self._state = _core.optimizer_state(optimizer.name, optimizer._settings())
-        storage._embeddings.add(self)
+        storage._embeddings[self] = None
 
     def _open_table(self) -> None:
         self._table = self._storage._core.table(*self._opened_with)

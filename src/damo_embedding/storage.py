@@ -12,6 +12,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -195,7 +196,8 @@ class Storage:
     def _set_up(self, opened: tuple[_core.Storage, _Options]) -> None:
         self._core, self._opened_with = opened
         _open_storages.add(self)
-        self._embeddings: weakref.WeakSet[Embedding] = weakref.WeakSet()  # which go on when the content is replaced
+        # Which go on when the content is replaced, in the order in which they were made.
+        self._embeddings: weakref.WeakKeyDictionary[Embedding, None] = weakref.WeakKeyDictionary()
         self._given_now: int | None = None
         self._dumping: list[int] = []  # the threads that are in a dump, which close() waits for
         self._rates = Rates()
@@ -267,18 +269,22 @@ class Storage:
         storage._set_up(opened)
         return storage
 
-    def _go_back_to(self, checkpoint: str) -> None:
+    def _go_back_to(self, checkpoint: str, done: bytearray) -> None:
         """Replaces the content by a checkpoint's, for all who use this storage: its embeddings go on with that.
 
-        An error leaves the content as it was. Calls on other threads meanwhile get a ClosedError.
+        `done`, one byte, is 1 from when the content is the checkpoint's. An error before that leaves it as it was; one
+        that comes later (Ctrl-C, no memory to open it again) leaves the checkpoint's, perhaps closed. Calls on other
+        threads meanwhile get a ClosedError.
         """
         if self.read_only:
             raise ReadOnlyError(
                 f"[restore] the storage {self.path} is open read-only, and nothing was changed: open it without"
                 " read_only to go back to a checkpoint"
             )
-        embeddings = list(self._embeddings)
-        _core.check_layouts(checkpoint, [embedding._table for embedding in embeddings])
+        # Those that say what others take as it is come first.
+        embeddings = sorted(self._embeddings, key=lambda embedding: embedding._opened_with[-2:] == (None, None))
+        wanted = [(embedding._table, embedding._opened_with[-1]) for embedding in embeddings]
+        _core.check_layouts(checkpoint, wanted, self._opened_with[0])
         rates = {embedding: self._rates.followed(embedding._table) for embedding in embeddings}
         path = self.path
         durability, in_place = self._opened_with[1], self._core.in_place
@@ -290,16 +296,20 @@ class Storage:
             if durability == "commit" or not in_place:
                 raise
         try:
-            _core.restore(checkpoint, path)
-            self._restored_from = read_checkpoint(checkpoint)
+            _core.restore(checkpoint, path, self._opened_with[0], done)
         finally:
             self._core = _core.Storage.open(path, "open", *self._opened_with)
+            if done[0]:
+                self._restored_from = read_checkpoint(checkpoint)
             self._rates = Rates()
             for embedding in embeddings:
                 embedding._open_table()
                 self._rates.follow(embedding._table, rates[embedding])
             if self._given_now is not None:
-                self.now = self._given_now
+                try:
+                    self.now = self._given_now
+                except ValueError:  # too far ahead of the checkpoint: the clock stands there until it is set
+                    self.now = 0
 
     @classmethod
     def create(
@@ -366,9 +376,9 @@ class Storage:
         Example:
             >>> storage = Storage.restore("checkpoints/1000", "ctr.damo", memory="2GiB")  # doctest: +SKIP
         """
-        cls._options(memory, durability, threads, log_bytes, ttl, disk)  # checked before anything is replaced
+        options = cls._options(memory, durability, threads, log_bytes, ttl, disk)  # checked before anything is replaced
         source = parse_path("restore", "checkpoint", checkpoint)
-        _core.restore(source, parse_path("restore", "path", path))
+        _core.restore(source, parse_path("restore", "path", path), options[0], bytearray(1))
         storage = cls.open(
             path, memory=memory, durability=durability, threads=threads, log_bytes=log_bytes, ttl=ttl, disk=disk
         )
@@ -451,6 +461,11 @@ class Storage:
                 except CorruptionError as wrong:
                     pass_over(operation, wrong, 3)
                     continue
+                if Path(os.path.realpath(checkpoint.path)).is_relative_to(os.path.realpath(target)):
+                    raise CorruptionError(
+                        f"{damage}. Nothing was changed: the checkpoint {checkpoint.path} is in the storage's own"
+                        " directory, which would be renamed and take it along; move the checkpoints to another place"
+                    ) from damage
                 aside = _set_aside(target)
                 warnings.warn(
                     f"[{operation}] the storage {target} is damaged and now at {aside}; {checkpoint.path} takes its"
@@ -519,7 +534,11 @@ class Storage:
         Args:
             now: Sets the clock, as `storage.now = now` does. None: the wall clock, or what was set.
         """
-        return self._core.expire(None if now is None else parse_int("expire", "now", now, 0, 2**62))
+        given = None if now is None else parse_int("expire", "now", now, 0, 2**62)
+        expired = self._core.expire(given)
+        if given is not None:
+            self._given_now = given
+        return expired
 
     def compact(self) -> None:
         """Rewrites the files without what expired, was erased, dropped or overwritten, to have its space back now.

@@ -296,6 +296,17 @@ def test_a_damaged_storage_is_kept_under_another_name_when_replaced(three: Path,
     assert files_of(three.with_name("table.damo.damaged-2")) == before
 
 
+def test_a_damaged_storage_is_not_renamed_with_its_checkpoints_in_it(three: Path, kept: Path) -> None:
+    """They went along, and the next start found neither a storage nor checkpoints and began an empty one."""
+    inside = three / "checkpoints"
+    shutil.copytree(kept, inside)
+    damage(next(three.glob("generation-*")) / "MANIFEST")
+    before = files_of(three)
+    with pytest.raises(de.CorruptionError, match=r"is in the storage's own directory.* move the checkpoints"):
+        open_or_restore(three, inside, replace_damaged=True)
+    assert files_of(three) == before
+
+
 def test_a_damaged_storage_stays_when_no_checkpoint_is_whole(three: Path, kept: Path, tmp_path: Path) -> None:
     damage(next(three.glob("generation-*")) / "MANIFEST")
     before = files_of(three)

@@ -416,6 +416,29 @@ def test_a_checkpoint_of_another_layout_is_refused_and_nothing_has_changed(
     assert set(content(storage, tmp_path)) == {(1, 1)}
 
 
+def test_a_ctrl_c_that_comes_when_the_content_is_replaced_brings_the_old_one_back(
+    storage: damo.PyStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for a load that had not happened, and the only copy of the old content was removed."""
+    rows = embedding(storage)
+    apply(rows, [1])
+    storage.checkpoint(str(tmp_path / "c"))
+    apply(rows, [1])
+    _core_restore, calls = de._core.restore, []
+
+    def restore(*arguments: object) -> None:
+        calls.append(arguments)
+        _core_restore(*arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(de._core, "restore", restore)
+    with pytest.raises(KeyboardInterrupt):
+        storage.load_from_checkpoint(str(tmp_path / "c"))
+    assert (look_up(rows, [1]) == -2).all()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c", "table.damo"]
+
+
 @pytest.mark.parametrize("damage", ["absent", "empty", "cut off", "missing file"])
 def test_a_checkpoint_that_is_not_whole_is_refused_and_nothing_has_changed(
     damage: str, storage: damo.PyStorage, tmp_path: Path

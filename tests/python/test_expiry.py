@@ -147,6 +147,17 @@ def test_expire_takes_a_time_of_yours(tmp_path: Path) -> None:
         assert storage.expire(now=5) == 0
 
 
+def test_expire_takes_a_time_of_old_events_as_the_clock(tmp_path: Path) -> None:
+    """It took the wall clock, where that was later and nothing had been done yet."""
+    with de.Storage(tmp_path / "s", memory="16MiB", ttl="30d") as storage:
+        users = embedding(storage, "user")
+        storage.expire(1_400_000_000)
+        update(users, 1)
+        assert storage.now == 1_400_000_000
+        assert storage.expire(1_400_000_000 + 29 * 86_400) == 0
+        assert storage.expire(1_400_000_000 + 31 * 86_400) == 1
+
+
 def test_a_dropped_group_says_so_and_its_name_is_free(tmp_path: Path) -> None:
     with de.Storage(tmp_path / "s", memory="16MiB") as storage:
         users = embedding(storage, "user")

@@ -217,6 +217,157 @@ def test_a_group_of_another_layout_changes_nothing(training: Training, kept: Pat
         assert len(item.embedding) == 1
 
 
+FILTER = {"capacity": 1_000, "count": 2}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "memory", "error"),
+    [
+        (FILTER, {**FILTER, "count": 3}, "64MiB", de.SchemaMismatchError),
+        ({"capacity": 2_000_000, "count": 2}, None, "16MiB", ValueError),
+    ],
+    ids=["of other settings", "too large for the memory"],
+)
+def test_a_filter_that_does_not_go_with_this_storage_changes_nothing(
+    kept: Path, tmp_path: Path, there: dict[str, Any], here: dict[str, Any] | None, memory: str, error: type[Exception]
+) -> None:
+    """Found when the rows were replaced already: they were of one step, and the dense part of another."""
+
+    def module(storage: de.Storage, settings: dict[str, Any] | None) -> Embedding:
+        admission = None if settings is None else de.CountingBloomFilter(**settings)
+        return Embedding(storage, group="item", dimension=4, optimizer=de.SGD(lr=1.0), admission=admission)
+
+    def model_of(item: Embedding) -> torch.nn.ModuleDict:
+        return torch.nn.ModuleDict({"item": item, "head": torch.nn.Linear(4, 1)})
+
+    with de.Storage(tmp_path / "first.damo", memory="64MiB") as storage:
+        save_checkpoint(kept / "1", model_of(module(storage, there)), None, storage, 1)
+    with de.Storage(tmp_path / "second.damo", memory=memory) as storage:
+        model = model_of(module(storage, here))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(error, match="filter"):
+            load_checkpoint(kept, model, None, storage)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert storage.restored_from is None
+        assert storage.stats()["sequence"] == 0
+        if here is None:
+            with pytest.raises(
+                ValueError, match=r"\[restore\] admission filters take .* open the storage with memory="
+            ):
+                de.Storage.restore(kept / "1", tmp_path / "third.damo", memory=memory)
+            assert not (tmp_path / "third.damo").exists()
+
+
+def test_a_ctrl_c_that_comes_when_the_rows_are_back_leaves_all_of_the_checkpoint(
+    training: Training, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python raises it when the call returns: the dense part of before was put beside the rows of the checkpoint."""
+    training.learn(2)
+    training.save(kept / "2", 2)
+    expected = training.bits()
+    training.learn(3)
+
+    def restore(*arguments: Any) -> None:
+        _core_restore(*arguments)
+        raise KeyboardInterrupt
+
+    _core_restore = de._core.restore
+    monkeypatch.setattr(de._core, "restore", restore)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        training.load(kept)
+    assert "are those of" in raised.value.__notes__[0]
+    assert training.bits() == expected
+    found = training.storage.restored_from
+    assert found is not None
+    assert found.step == 2
+
+
+def test_a_clock_that_ran_far_ahead_stands_at_the_checkpoint_s(kept: Path, path: Path) -> None:
+    """Setting it again was refused, after the rows had been replaced."""
+    with de.Storage(path, memory="16MiB", ttl="1000d") as storage:
+        item = Embedding(storage, group="item", dimension=4, optimizer=de.SGD(lr=1.0))
+        storage.now = NOW
+        item(torch.tensor([1])).sum().backward()
+        save_checkpoint(kept / "1", item, None, storage, 1)
+        for _ in range(4):
+            storage.now += 100 * 86_400
+            item(torch.tensor([1])).sum().backward()
+        assert load_checkpoint(kept, item, None, storage) is not None
+        assert storage.now == NOW
+        assert item.embedding.step == 1
+
+
+def test_a_clock_that_expire_set_stays_set(kept: Path, path: Path) -> None:
+    with de.Storage(path, memory="16MiB", ttl="30d") as storage:
+        item = Embedding(storage, group="item", dimension=4, optimizer=de.SGD(lr=1.0))
+        storage.expire(1_400_000_000)  # a time of old events
+        item(torch.tensor([1])).sum().backward()
+        save_checkpoint(kept / "1", item, None, storage, 1)
+        load_checkpoint(kept, item, None, storage)
+        assert storage.now == 1_400_000_000
+
+
+def test_a_name_may_get_another_number(kept: Path, tmp_path: Path) -> None:
+    """A module made after the load got the rows of the group whose number it had been."""
+
+    def module(storage: de.Storage, name: str) -> Embedding:
+        return Embedding(
+            storage,
+            group=name,
+            dimension=4,
+            optimizer=de.SGD(lr=1.0),
+            initializer=de.Constant({"a": 1.0, "b": 2.0}[name]),
+        )
+
+    with de.Storage(tmp_path / "first.damo", memory="16MiB") as storage:
+        model = torch.nn.ModuleDict({name: module(storage, name) for name in "ab"})
+        save_checkpoint(kept / "1", model, None, storage, 1)
+    with de.Storage(tmp_path / "second.damo", memory="16MiB") as storage:
+        model = torch.nn.ModuleDict({name: module(storage, name) for name in "ba"})
+        load_checkpoint(kept, model, None, storage)
+        for name, value in (("a", 1.0), ("b", 2.0)):
+            again = module(storage, name)
+            assert again.embedding.name == name
+            assert (again(torch.tensor([7])) == value).all()
+            assert (model[name](torch.tensor([7])) == value).all()
+
+
+def test_gradients_from_before_a_load_reach_no_row_after_it(path: Path, kept: Path) -> None:
+    """The second load gave a table the address of one from before the first, and the gradients with it."""
+    with de.Storage(path, memory="16MiB") as storage:
+        a, b = (
+            Embedding(storage, group=name, dimension=4, optimizer=de.SGD(lr=1.0), initializer=de.Zeros())
+            for name in "ab"
+        )
+        model = torch.nn.ModuleDict({"a": a, "b": b})
+        ids = torch.arange(50)
+        a(ids).sum().backward()
+        b(ids).sum().backward()
+        save_checkpoint(kept / "1", model, None, storage, 1)
+        for loads in range(1, 7):
+            loss = a(ids).sum()
+            for _ in range(loads):
+                load_checkpoint(kept, model, None, storage)
+            b(ids)
+            with pytest.raises(ValueError, match="batch"):
+                loss.backward()
+            for module in (a, b):
+                assert (module.embedding.lookup(ids.numpy(), insert=False) == -1.0).all()
+
+
+def test_gradients_of_modules_beside_the_model_count_as_well(path: Path, kept: Path) -> None:
+    with de.Storage(path, memory="16MiB") as storage:
+        a, b = (Embedding(storage, group=name, dimension=4, optimizer=de.SGD(lr=1.0)) for name in "ab")
+        rows = SparseOptimizer(torch.nn.ModuleDict({"a": a, "b": b}))
+        save_checkpoint(kept / "1", a, None, storage, 1)
+        b(torch.tensor([1])).sum().backward()
+        with pytest.raises(ValueError, match='gradients of group "b" wait'):
+            save_checkpoint(kept / "2", a, None, storage, 2)
+        load_checkpoint(kept, a, None, storage)
+        rows.step()
+        assert b.embedding.step == 0
+
+
 def test_the_rows_of_another_storage_are_never_replaced(training: Training, kept: Path, tmp_path: Path) -> None:
     training.save(kept / "1", 1)
     with opened(tmp_path / "other.damo") as storage:

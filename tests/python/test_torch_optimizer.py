@@ -50,6 +50,32 @@ def test_gradients_wait_for_the_step_and_are_applied_once(item: Embedding) -> No
     assert item.embedding.step == 1
 
 
+@pytest.mark.parametrize("case", ["two backward passes", "clipping", "a gradient of the caller's"])
+def test_gradients_that_wait_are_their_own(item: Embedding, case: str) -> None:
+    """Autograd gave the same memory to a parameter, whose gradient was then changed in place."""
+    position = torch.nn.Parameter(torch.zeros(3, DIMENSION))
+    weights = torch.arange(1.0, 13.0).view(1, 3, DIMENSION)
+    optimizer = SparseOptimizer(item)
+    before, expected = stored(item), weights[0].clone()
+
+    def backward() -> None:
+        ((item(torch.tensor([[1, 2, 3]])) + position.unsqueeze(0)) * weights).sum().backward()
+
+    if case == "two backward passes":
+        backward()
+        backward()
+        expected *= 2
+    elif case == "clipping":
+        backward()
+        torch.nn.utils.clip_grad_norm_([position], 1e-3)
+    else:
+        gradient = weights.clone()
+        item(torch.tensor([[1, 2, 3]])).backward(gradient)
+        gradient.fill_(100.0)
+    optimizer.step()
+    np.testing.assert_allclose(before - stored(item), expected.numpy(), rtol=1e-5)
+
+
 def test_zero_grad_drops_what_no_step_has_applied(item: Embedding) -> None:
     optimizer = SparseOptimizer(item)
     before = stored(item)

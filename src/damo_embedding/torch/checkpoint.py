@@ -21,7 +21,7 @@ from damo_embedding.checkpoints import Checkpoint, newest_first, pass_over, veri
 from damo_embedding.errors import CorruptionError, StorageError
 from damo_embedding.integers import parse_int
 from damo_embedding.storage import PathLike, Storage, parse_path
-from damo_embedding.torch.group import Group
+from damo_embedding.torch.group import groups_of
 from damo_embedding.torch.optimizer import _groups_of
 from damo_embedding.torch.plain import Tensors, decode, encode
 
@@ -94,8 +94,8 @@ def save_checkpoint(
         >>> save_checkpoint(f"checkpoints/{step}", model, [dense, rows], storage, step, keep=3)  # doctest: +SKIP
     """
     operation = "save_checkpoint"
-    groups = _checked(operation, model, storage)
-    for group in groups:
+    _check(operation, model, storage)
+    for group in groups_of(storage):
         if group.pending is not None and group.pending.items:
             raise ValueError(
                 f'[{operation}] gradients of group "{group.label}" wait for the SparseOptimizer, and would not be in'
@@ -145,7 +145,8 @@ def load_checkpoint(
 ) -> Resumed | None:
     """Goes on from the newest whole checkpoint that `save_checkpoint` made: the whole training is as it was then.
 
-    All is verified before anything changes, and on an error everything is as it was. Then the storage has the rows
+    All is verified before anything changes, and on an error everything is as it was. (Where Ctrl-C, or an error of the
+    system, comes when the rows have been replaced already, all is as in the checkpoint.) Then the storage has the rows
     of the checkpoint, in its own directory: its embeddings, and the modules and optimizers that use them, go on with
     these. Operations that the storage did after the checkpoint (a killed training had run ahead) are set aside: their
     number is in the result. Gradients are dropped.
@@ -174,7 +175,7 @@ def load_checkpoint(
         >>> first = resumed.step if resumed else 0  # doctest: +SKIP
     """
     operation = "load_checkpoint"
-    groups = _checked(operation, model, storage)
+    _check(operation, model, storage)
     optimizers = _named(operation, optimizer)
     if not isinstance(strict, bool):
         raise TypeError(f"[{operation}] strict is {strict!r}, expected True or False")
@@ -192,7 +193,7 @@ def load_checkpoint(
                 f"[{operation}] {found.path} is of another storage than {storage.path}, which has rows: give an"
                 " absent or empty directory to the storage, or its own checkpoints"
             )
-        _take_over(operation, found, document, tensors, model, optimizers, storage, groups, strict)
+        _take_over(operation, found, document, tensors, model, optimizers, storage, strict)
         return Resumed(found.path, document["step"], document["reader_state"], max(0, sequence - found.sequence))
     if sequence > 0:
         raise StorageError(
@@ -211,7 +212,6 @@ def _take_over(
     model: torch.nn.Module,
     optimizers: dict[str, Stateful],
     storage: Storage,
-    groups: list[Group],
     strict: bool,
 ) -> None:
     saved = {one["name"]: one for one in document["optimizers"]}
@@ -228,22 +228,29 @@ def _take_over(
               for name, value in model.state_dict().items()}  # fmt: skip
     optimizers_before = {name: copy.deepcopy(one.state_dict()) for name, one in optimizers.items()}
     random_before = _random_states()
+    rows_are_back = bytearray(1)
     try:
         model.load_state_dict(state, strict=strict)
         for name, one in optimizers.items():
             one.load_state_dict(saved[name]["state"])
         _set_random_states(operation, document["random"])
-        storage._go_back_to(found.path)  # last: what comes before it can be taken back
-    except BaseException:
-        model.load_state_dict(before)
-        for name, one in optimizers.items():
-            one.load_state_dict(optimizers_before[name])
-        _set_random_states(operation, random_before)
+        storage._go_back_to(found.path, rows_are_back)  # last: what comes before it can be taken back
+    except BaseException as error:
+        if rows_are_back[0]:
+            # Ctrl-C, say. Not the dense part of before beside these rows: all is of the checkpoint.
+            error.add_note(f"[{operation}] the rows, the dense part and the random numbers are those of {found.path}")
+        else:
+            model.load_state_dict(before)
+            for name, one in optimizers.items():
+                one.load_state_dict(optimizers_before[name])
+            _set_random_states(operation, random_before)
         raise
-    model.zero_grad()
-    for group in groups:
-        if group.pending is not None:
-            group.pending.clear()
+    finally:
+        if rows_are_back[0]:
+            model.zero_grad()
+            for group in groups_of(storage):
+                if group.pending is not None:
+                    group.pending.clear()
 
 
 def _read(found: Checkpoint) -> tuple[dict[str, Any], Tensors]:
@@ -294,20 +301,18 @@ def _set_random_states(operation: str, states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def _checked(operation: str, model: torch.nn.Module, storage: Storage) -> list[Group]:
-    """The groups of the model, which are of `storage`."""
+def _check(operation: str, model: torch.nn.Module, storage: Storage) -> None:
+    """All groups of the model are of `storage`."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"[{operation}] model is {type(model).__name__}, expected a torch.nn.Module")
     if not isinstance(storage, Storage):
         raise TypeError(f"[{operation}] storage is {type(storage).__name__}, expected a Storage")
-    groups = _groups_of([model])
-    for group in groups:
+    for group in _groups_of([model]):
         if group.storage is not storage:
             raise ValueError(
                 f'[{operation}] group "{group.label}" of the model is in the storage {group.storage.path!r}, not in'
                 f" {storage.path!r}: give the storage that the model uses"
             )
-    return groups
 
 
 def _named(operation: str, optimizers: Optimizers) -> dict[str, Stateful]:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_INITIALIZER = Uniform(-0.05, 0.05)
 
 _lock = threading.Lock()  # protects _groups
-_Groups = weakref.WeakValueDictionary[int, "Group"]  # by number
+# By name, or by number where there is none: a checkpoint may have given a name another number.
+_Groups = weakref.WeakValueDictionary[str | int, "Group"]
 _groups: weakref.WeakKeyDictionary[Storage, _Groups] = weakref.WeakKeyDictionary()
 
 
@@ -84,10 +85,17 @@ def open_group(
     )
     with _lock:
         groups = _groups.setdefault(storage, _Groups())
-        shared = groups.get(embedding.group)
+        key = embedding.name or embedding.group
+        shared = groups.get(key)
         if shared is None:
-            groups[embedding.group] = shared = Group(storage, embedding)
+            groups[key] = shared = Group(storage, embedding)
     return shared
+
+
+def groups_of(storage: Storage) -> list[Group]:
+    """All that modules of this process share now."""
+    with _lock:
+        return list(_groups.get(storage, _Groups()).values())
 
 
 def settings_repr(group: Group, padding_idx: int | None, missing: str) -> str:

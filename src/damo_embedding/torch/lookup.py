@@ -100,7 +100,12 @@ class _TrainingLookup(torch.autograd.Function):
             if lookup.bags is not None:
                 values = lookup.bags.spread(gradient)
             else:
-                values = gradient.reshape(len(lookup.keys), lookup.group.dimension).contiguous().numpy()
+                rows = gradient.reshape(len(lookup.keys), lookup.group.dimension).contiguous()
+                # Of its own: autograd may give the same memory to a parameter as its `grad`, which optimizers,
+                # clipping and hooks change in place before the rows have seen it.
+                if rows.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr():
+                    rows = rows.clone()
+                values = rows.numpy()
             found.append((lookup.group, (batch, values)))
         # Last, because nothing may fail once the pass has the gradients.
         backward_pass.collect(found)
