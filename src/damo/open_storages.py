@@ -123,14 +123,15 @@ class OpenStorage:
         aside = f"{self._path}.before-load-{os.getpid()}-{next(_counter)}"
         memory, done = parse_bytes("memory", self._options()["memory"]), bytearray(1)
         with self.lock:
-            self._close()
             try:
+                self._close()
                 # Only now that nobody uses it: an update between the copy and the load would be lost.
                 with self._reopened() as unused:
                     unused.checkpoint(aside)
                 _core.restore(checkpoint, self._path, memory, done)
                 self._bind(self._reopened())
             except BaseException as error:
+                self._close()
                 if done[0]:  # Ctrl-C may come when the work is done
                     error.add_note(f"If the content of before is not back, it is in {aside}")
                     _core.restore(aside, self._path, memory, bytearray(1))

@@ -83,6 +83,8 @@ def _column(hasher: _core.KeyHasher, values: Any) -> Keys:
         return _objects(hasher, values, ())
     if type(values).__module__.partition(".")[0] == "pandas" and hasattr(values, "dtype"):
         return _pandas(hasher, values)
+    if str(getattr(values, "dtype", "")) == "Object" and hasattr(values, "to_list"):
+        return _objects(hasher, values.to_list(), ())  # of polars, whose Arrow form has the addresses of the objects
     if hasattr(values, "__arrow_c_array__"):
         return hasher.arrow_array(*values.__arrow_c_array__())
     if hasattr(values, "__arrow_c_stream__"):

@@ -281,8 +281,10 @@ class Storage:
                 f"[restore] the storage {self.path} is open read-only, and nothing was changed: open it without"
                 " read_only to go back to a checkpoint"
             )
-        # Those that say what others take as it is come first.
-        embeddings = sorted(self._embeddings, key=lambda embedding: embedding._opened_with[-2:] == (None, None))
+        # Numbers before names, which take what is free; and those that say what others take as it is come first.
+        embeddings = sorted(
+            self._embeddings, key=lambda one: (one._opened_with[0] is None, one._opened_with[-2:] == (None, None))
+        )
         wanted = [(embedding._table, embedding._opened_with[-1]) for embedding in embeddings]
         _core.check_layouts(checkpoint, wanted, self._opened_with[0])
         rates = {embedding: self._rates.followed(embedding._table) for embedding in embeddings}
@@ -302,9 +304,15 @@ class Storage:
             if done[0]:
                 self._restored_from = read_checkpoint(checkpoint)
             self._rates = Rates()
+            wrong: Exception | None = None
             for embedding in embeddings:
-                embedding._open_table()
-                self._rates.follow(embedding._table, rates[embedding])
+                try:
+                    embedding._open_table()
+                    self._rates.follow(embedding._table, rates[embedding])
+                except Exception as error:  # the others go on all the same
+                    wrong = wrong or error
+            if wrong is not None:
+                raise wrong
             if self._given_now is not None:
                 try:
                     self.now = self._given_now
@@ -554,7 +562,11 @@ class Storage:
         Raises:
             ValueError: There is no such group.
         """
-        self._core.drop_group(self._group_number("drop_group", group))
+        number = self._group_number("drop_group", group)
+        dropped = [embedding for embedding in self._embeddings if embedding.group == number]
+        self._core.drop_group(number)
+        for embedding in dropped:  # they go on with nothing
+            self._embeddings.pop(embedding, None)
 
     def groups(self) -> dict[int, str]:
         """The stored groups by number, with their names ("" for one that is known by its number)."""

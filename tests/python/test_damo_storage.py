@@ -439,6 +439,26 @@ def test_a_ctrl_c_that_comes_when_the_content_is_replaced_brings_the_old_one_bac
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c", "table.damo"]
 
 
+def test_a_ctrl_c_in_the_close_before_a_load_leaves_it_open(
+    storage: damo.PyStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = embedding(storage)
+    apply(rows, [1])
+    storage.checkpoint(str(tmp_path / "c"))
+    close, calls = de.Storage.close, []
+
+    def close_once(self: de.Storage) -> None:
+        close(self)
+        calls.append(self)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(de.Storage, "close", close_once)
+    with pytest.raises(KeyboardInterrupt):
+        storage.load_from_checkpoint(str(tmp_path / "c"))
+    assert (look_up(rows, [1]) == -1).all()
+
+
 @pytest.mark.parametrize("damage", ["absent", "empty", "cut off", "missing file"])
 def test_a_checkpoint_that_is_not_whole_is_refused_and_nothing_has_changed(
     damage: str, storage: damo.PyStorage, tmp_path: Path

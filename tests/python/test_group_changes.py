@@ -27,10 +27,8 @@ def server() -> Iterator[ForkServer]:
         yield server
 
 
-# Of a dropped filter: a cut of the log comes first, which syncs the directory, too.
-@pytest.mark.parametrize(
-    ("change", "nth"), [("drop_group", 1), ("drop_filter", 1), ("drop_filter", 2), ("drop_filter", 3)]
-)
+# Of a dropped filter: a cut of the log comes first, which syncs the directory for the presence filter.
+@pytest.mark.parametrize(("change", "nth"), [("drop_group", 1), ("drop_filter", 2)])
 def test_a_change_whose_sync_failed_did_not_happen(server: ForkServer, path: Path, change: str, nth: int) -> None:
     """Its manifest stayed on the disk: the group was gone at the next open, or the log counted keys for no filter."""
     session = server.session()
@@ -47,9 +45,8 @@ def test_a_change_whose_sync_failed_did_not_happen(server: ForkServer, path: Pat
         raised = commit[1].decode()
         embedding = make(storage, 3)
         assert (embedding.lookup(KEYS, insert=False) == -2.0).all()
-        assert (embedding.admission is not None) == (change == "drop_group" or raised != "")
-    if change == "drop_group":
-        assert "Input/output error" in raised
+        assert embedding.admission is not None
+    assert "Input/output error" in raised
 
 
 def test_a_dropped_group_takes_no_operation_before_it_along_when_the_power_goes(path: Path, tmp_path: Path) -> None:
@@ -141,7 +138,6 @@ def test_a_group_may_get_another_life_while_its_rows_are_forgotten(filled: Path,
         shutil.copytree(filled, path)
         with de.Storage(path, **LIMITED) as storage:
             wait_for_forgotten_rows(storage)
-            group = make(storage, 3, ttl=de.Steps(10**9))
+            make(storage, 3, ttl=de.Steps(10**9))
             assert storage.verify().damages == ()
-            assert len(group) == sum(len(rows.keys) for rows in group.scan())
         shutil.rmtree(path)

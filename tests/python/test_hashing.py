@@ -524,3 +524,11 @@ def test_threads_hash_side_by_side() -> None:
         thread.join()
     for result in results:
         assert_keys(result, expected)
+
+
+def test_a_polars_column_of_objects_is_hashed_by_its_values() -> None:
+    """Its Arrow form has the addresses of the objects, which are others in every run."""
+    polars = pytest.importorskip("polars")
+    values = ["aaa", "".join(["a"] * 3), 7, None]
+    column = polars.Series("f", values, dtype=polars.Object)
+    assert (hash_keys("f", column) == hash_keys("f", values)).all()

@@ -609,3 +609,15 @@ def test_what_is_printed_is_what_is_not_default(storage: de.Storage) -> None:
     assert repr(other).endswith("Uniform(low=0.0, high=1.0), padding_idx=0, seed=5, missing='zeros')")
     fields = EmbeddingCollection(storage, {"tags": Feature(4, pooling="mean")}, optimizer=SGD)
     assert f"tags: group='tags', dimension=4, {SGD!r}, pooling='mean'" in repr(fields)
+
+
+def test_a_group_that_was_dropped_is_none_of_the_module_that_is_made_anew(storage: de.Storage) -> None:
+    """It got the dropped one as long as an older module had it: model = Model(storage) makes the new one first."""
+    old = Embedding(storage, group="x", dimension=4, optimizer=de.SGD(lr=1.0))
+    old(torch.tensor([1]))
+    storage.drop_group("x")
+    for _ in range(2):
+        new = Embedding(storage, group="x", dimension=8, optimizer=de.SGD(lr=1.0))
+        assert new(torch.tensor([1])).shape == (1, 8)
+    with pytest.raises(ValueError, match="was dropped"):
+        old(torch.tensor([1]))

@@ -332,6 +332,35 @@ def test_a_name_may_get_another_number(kept: Path, tmp_path: Path) -> None:
             assert (model[name](torch.tensor([7])) == value).all()
 
 
+def test_a_dropped_group_does_not_come_back_with_a_load(path: Path, kept: Path) -> None:
+    """Its old Embedding was opened again: with other settings it ended the load when the rows were replaced."""
+    with de.Storage(path, memory="16MiB") as storage:
+        dropped = de.Embedding(storage, de.SGD(lr=0.1), de.Zeros(), 4, "x")
+        item = Embedding(storage, group="y", dimension=4, optimizer=de.SGD(lr=1.0))
+        save_checkpoint(kept / "1", item, None, storage, 1)
+        storage.drop_group("x")
+        again = de.Embedding(storage, de.SGD(lr=0.2), de.Zeros(), 4, "x")
+        save_checkpoint(kept / "2", item, None, storage, 2)
+        load_checkpoint(kept, item, None, storage)
+        assert again.lookup([1]).shape == (1, 4)
+        storage.drop_group("x")
+        save_checkpoint(kept / "3", item, None, storage, 3)
+        load_checkpoint(kept, item, None, storage)
+        assert list(storage.groups().values()) == ["y"]
+        with pytest.raises(de.ClosedError):  # what it was of is no more
+            dropped.lookup([1])
+
+
+def test_a_group_by_its_number_keeps_it_beside_names(path: Path, kept: Path) -> None:
+    """A name with settings of its own was opened first, and took the number."""
+    with de.Storage(path, memory="16MiB") as storage:
+        save_checkpoint(kept / "1", torch.nn.Linear(1, 1), None, storage, 1)
+        numbered = de.Embedding(storage, de.SGD(lr=0.1), de.Zeros(), 4, 255)
+        named = de.Embedding(storage, de.SGD(lr=0.1), de.Zeros(), 4, "c", ttl="30d")
+        load_checkpoint(kept, torch.nn.Linear(1, 1), None, storage)
+        assert (numbered.group, named.group) == (255, 254)
+
+
 def test_gradients_from_before_a_load_reach_no_row_after_it(path: Path, kept: Path) -> None:
     """The second load gave a table the address of one from before the first, and the gradients with it."""
     with de.Storage(path, memory="16MiB") as storage:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,65 @@ def test_gradients_that_wait_are_their_own(item: Embedding, case: str) -> None:
         gradient.fill_(100.0)
     optimizer.step()
     np.testing.assert_allclose(before - stored(item), expected.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_a_gradient_that_is_not_finite_keeps_every_storage_from_its_update(
+    storage: de.Storage, tmp_path: Path, with_optimizer: bool
+) -> None:
+    """The storages were asked one after the other, and a second step() applied the first one's gradients again."""
+    with de.Storage(tmp_path / "second.damo", memory="16MiB") as second:
+        a, b = (
+            Embedding(one, group="x", dimension=DIMENSION, optimizer=de.SGD(lr=1.0), initializer=de.Zeros())
+            for one in (storage, second)
+        )
+        ids = torch.tensor([1])
+        for bad in (a, b):
+            optimizer = SparseOptimizer([a, b]) if with_optimizer else None
+            for _ in range(2):
+                a_sum, b_sum = ((one(ids) * (float("nan") if one is bad else 1.0)).sum() for one in (a, b))
+                loss = a_sum + b_sum
+                if optimizer is None:
+                    with pytest.raises(ValueError, match="NaN or infinite"):
+                        loss.backward()
+                else:
+                    loss.backward()
+                    with pytest.raises(ValueError, match="NaN or infinite"):
+                        optimizer.step()
+            assert a.embedding.step == b.embedding.step == 0
+            if optimizer is not None:
+                optimizer.zero_grad()
+
+
+def test_a_step_of_two_storages_is_tried_again_for_the_one_that_failed(storage: de.Storage, tmp_path: Path) -> None:
+    with de.Storage(tmp_path / "second.damo", memory="16MiB") as second:
+        a, b = (
+            Embedding(one, group="x", dimension=DIMENSION, optimizer=de.SGD(lr=1.0), initializer=de.Zeros())
+            for one in (storage, second)
+        )
+        optimizer = SparseOptimizer([a, b])
+        (a(torch.tensor([1])).sum() + b(torch.tensor([1])).sum()).backward()
+        fails = True
+
+        def rate(step: int) -> float:
+            if fails:
+                raise RuntimeError("no rate")
+            return 1.0
+
+        optimizer.param_groups[1]["scheduled_lr"] = optimizer.param_groups[1]["lr"]
+        b.embedding.lr = rate
+        with pytest.raises(RuntimeError, match="no rate"):
+            optimizer.step()
+        fails = False
+        optimizer.step()
+        assert a.embedding.step == b.embedding.step == 1
+
+
+def test_a_state_of_other_groups_is_refused(storage: de.Storage) -> None:
+    a, b = (Embedding(storage, group=name, dimension=DIMENSION, optimizer=de.SGD(lr=1.0)) for name in "ab")
+    state = SparseOptimizer([a, b]).state_dict()
+    with pytest.raises(ValueError, match=r"of the groups \['a', 'b'\], this optimizer has \['b', 'a'\]"):
+        SparseOptimizer([b, a]).load_state_dict(state)
 
 
 def test_zero_grad_drops_what_no_step_has_applied(item: Embedding) -> None:

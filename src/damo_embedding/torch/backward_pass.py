@@ -18,13 +18,13 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from damo_embedding.torch.group import Group
 
 if TYPE_CHECKING:
     from damo_embedding._core import Storage as Core
-    from damo_embedding._core import Table
     from damo_embedding.torch.pending import Item
 
     Found = tuple[Group, Item]  # of one lookup
@@ -55,12 +55,27 @@ class BackwardPass:
 
 
 def apply(updates: Mapping[Group, Update]) -> None:
-    """One update of each group: one call for each storage, which checks all of it before it changes any."""
-    calls: dict[Core, list[tuple[Table, list[Item], float | None]]] = {}
+    """One update of each group: one call for each storage, which checks all of it before it changes any.
+
+    What is applied leaves its `Pending`: where a second storage fails, a second try is of that one alone.
+    """
+    calls: dict[Core, list[tuple[Group, list[Item], float | None]]] = {}
+    several = len({group.storage for group in updates}) > 1
     for group, (items, lr) in updates.items():
-        calls.setdefault(group.storage._core, []).append((group.table, items, lr))
-    for core, tables in calls.items():
-        core.backward_many(tables)
+        if several:  # each storage would find its own only when others have their updates already
+            batch, sums = group.table.merge(items)
+            if not np.isfinite(sums).all():
+                raise ValueError(
+                    f'[apply_gradients] a gradient of group "{group.label}" is NaN or infinite: nothing was applied.'
+                    " Look at the loss, or clip the gradients"
+                )
+            items = [(batch, sums)]
+        calls.setdefault(group.storage._core, []).append((group, items, lr))
+    for core, of_groups in calls.items():
+        core.backward_many([(group.table, items, lr) for group, items, lr in of_groups])
+        for group, _, _ in of_groups:
+            if group.pending is not None:
+                group.pending.clear()
 
 
 def join() -> None:

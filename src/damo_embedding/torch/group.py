@@ -87,7 +87,8 @@ def open_group(
         groups = _groups.setdefault(storage, _Groups())
         key = embedding.name or embedding.group
         shared = groups.get(key)
-        if shared is None:
+        # A group that was dropped is none of the new one.
+        if shared is None or shared.table.table_id != embedding._table.table_id:
             groups[key] = shared = Group(storage, embedding)
     return shared
 

@@ -78,7 +78,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Applies what the backward passes since the last step have added up: one update of each group.
 
         A group without gradients is not updated. NaN and infinite gradients raise ValueError; nothing is
-        applied then.
+        applied then. (Of groups in several storages: where one of these fails for another reason, a full disk or a
+        schedule that raises, those before it have their updates.)
         """
         loss = None
         if closure is not None:
@@ -117,6 +118,18 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Drops the gradients that no step has applied."""
         for stand_in in self.parameters():
             stand_in.grad = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; ValueError when the groups have other names, or these in another order."""
+        given = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        names = [one.get("name") for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+        ours = [group["name"] for group in self.param_groups]
+        if len(names) == len(ours) and names != ours:
+            raise ValueError(
+                f"[load_state_dict] the state is of the groups {names}, this optimizer has {ours}: make it with the"
+                " same modules in the same order"
+            )
+        super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         params = param_group.get("params") if isinstance(param_group, dict) else None
