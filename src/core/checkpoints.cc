@@ -10,6 +10,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <tuple>
 
 #include "budget.h"
@@ -42,9 +43,11 @@ void remove_directory(const fs::path& directory) {
   remove_tree("checkpoint", directory);
 }
 
-bool somebody_builds(const fs::path& staged) {
-  const FileDescriptor directory("open", staged, O_RDONLY | O_DIRECTORY);
-  return ::flock(directory.get(), LOCK_EX | LOCK_NB) != 0;
+// Nothing where somebody builds it. Who has this may remove it: whoever would lock it waits.
+std::optional<FileDescriptor> lock_of_leftover(const fs::path& staged) {
+  FileDescriptor directory("open", staged, O_RDONLY | O_DIRECTORY);
+  if (::flock(directory.get(), LOCK_EX | LOCK_NB) != 0) return std::nullopt;
+  return directory;
 }
 
 void expect_listed(const fs::path& checkpoint, const CheckpointManifest& manifest, const std::string& needed) {
@@ -183,6 +186,9 @@ std::vector<std::string> remove_checkpoints(const fs::path& directory, const std
   const auto attempt = [&](const auto& removal) {
     try {
       removal();
+    } catch (const MissingFileError&) {  // another thread or process removes the same
+    } catch (const fs::filesystem_error& refused) {
+      if (refused.code() != std::errc::no_such_file_or_directory) problems.emplace_back(refused.what());
     } catch (const std::exception& refused) {
       problems.emplace_back(refused.what());
     }
@@ -191,14 +197,19 @@ std::vector<std::string> remove_checkpoints(const fs::path& directory, const std
   const std::string building = ".building-" + lineage_text(storage_id) + "-";
   // Leftovers first: a name that is wanted now may be among them.
   attempt([&] {
-    std::vector<fs::path> leftovers;
     for (const fs::path& path : list_directory("checkpoint", directory)) {
       const std::string name = path.filename();
       if (!fs::is_directory(fs::symlink_status(path))) continue;
-      if (name.ends_with(removing) || (name.find(building) != std::string::npos && !somebody_builds(path)))
-        leftovers.push_back(path);
+      if (name.ends_with(removing)) attempt([&] { remove_directory(path); });
+      if (name.find(building) == std::string::npos) continue;
+      std::optional<FileDescriptor> lock;
+      try {
+        lock = lock_of_leftover(path);
+      } catch (const MissingFileError&) {
+        continue;  // it is complete by now, or removed by another
+      }
+      if (lock) attempt([&] { remove_directory(path); });
     }
-    for (const fs::path& leftover : leftovers) attempt([&] { remove_directory(leftover); });
   });
   std::vector<fs::path> renamed;
   for (const CheckpointInfo& checkpoint : checkpoints) {

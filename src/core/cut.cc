@@ -18,6 +18,7 @@
 #include "error.h"
 #include "planted.h"
 #include "saved_filters.h"
+#include "staged_directory.h"
 #include "storage.h"
 
 namespace damo {
@@ -43,36 +44,6 @@ void check_is_not_of_storage(const char* operation, const fs::path& wanted, cons
                        " is among the storage's own files, in " + name->string() + " of " + own.string() +
                        ": give a place outside of it");
 }
-
-// A directory built aside, removed again unless it was given its name.
-class StagedDirectory {
- public:
-  StagedDirectory(const fs::path& wanted, const std::string& suffix) : wanted_(wanted), staged_(wanted) {
-    staged_ += suffix;
-    try_to_remove_tree(staged_);
-    make_directory(staged_);
-    // As long as this lives, nobody takes the directory for a leftover. A system that has no such locks is no reason to
-    // stop: there a leftover is not told from what is being built, and stays.
-    lock_ = FileDescriptor("lock", staged_, O_RDONLY | O_DIRECTORY);
-    (void)::flock(lock_.get(), LOCK_EX | LOCK_NB);
-  }
-  ~StagedDirectory() {
-    if (!done_) try_to_remove_tree(staged_);
-  }
-  const fs::path& path() const { return staged_; }
-  // The names in it are synced already: whoever wrote its last file did that.
-  void publish(const char* operation) {
-    if (renameat2(AT_FDCWD, staged_.c_str(), AT_FDCWD, wanted_.c_str(), RENAME_NOREPLACE) != 0)
-      throw_system_error(operation, wanted_);
-    done_ = true;
-    fsync_directory(wanted_.parent_path());
-  }
-
- private:
-  fs::path wanted_, staged_;
-  FileDescriptor lock_;
-  bool done_ = false;
-};
 
 // Between two reports of a dump: a few tens of milliseconds, and so many bytes that reporting costs nothing beside
 // them. By work and not by the clock, so that two runs report the same.

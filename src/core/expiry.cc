@@ -47,6 +47,8 @@ int64_t Storage::read_clock() const {
   return is_too_far(clock, wanted) ? clock : std::max(clock, wanted);
 }
 
+int64_t Storage::settled_clock() const { return given_now_.load() == kBeforeAllTime ? clock_.load() : read_clock(); }
+
 bool Storage::is_too_far(int64_t from, int64_t to) const noexcept {
   // Before the first operation nothing can expire, and every time is as good.
   return from != 0 && ages_by_time_.load() && to - from > kMaxClockStep;
@@ -144,6 +146,7 @@ void Storage::change_lifetime(Table& table, const Lifetime& lifetime, bool own) 
   if (lifetime != spec.lifetime || table.counters().lifetime != spec.lifetime) {
     CutInfo info;
     const std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
+    info.now = settled_clock();
     const Expiry before = info.expiry(spec);
     const Expiry after = lifetime.at(info.now, table.step());
     const auto row = rows->scan(StoredKey::make(spec.table_id, 0), StoredKey::make(spec.table_id + 1, 0));
@@ -250,6 +253,7 @@ size_t class_of(uint64_t score) {
 void Storage::keep_within_disk() {
   CutInfo info;
   std::shared_ptr<const StoreSnapshot> rows = snapshot(info);
+  info.now = settled_clock();
   const auto each = [&](const auto& visit) {
     for (const TableSpec& spec : info.manifest.tables) {
       const Expiry expiry = info.expiry(spec);

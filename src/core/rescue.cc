@@ -16,11 +16,14 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 
+#include "budget.h"
 #include "checkpoints.h"
 #include "error.h"
 #include "log_segment.h"
 #include "saved_filter.h"
+#include "staged_directory.h"
 #include "storage.h"
 
 namespace damo {
@@ -56,18 +59,23 @@ void scan_past_damage(const Store& store, const StoreSnapshot& rows, uint32_t ta
   };
   while (from && *from < end) {
     std::optional<StoredKey> reached = from;
+    bool reading = true;  // or the error is of who visits
     try {
       const auto row = rows.scan(*from, end);
       while (row->next()) {
+        reading = false;
         tell(*from);
         visit(row->key(), row->value());
+        reading = true;
         reached = successor(row->key());
       }
+      reading = false;
       tell(*from);
       return;
     } catch (const ClosedError&) {
       throw;
     } catch (const Error& wrong) {
+      if (!reading) throw;
       if (!lost_from) {
         lost_from = reached;
         what = wrong.what();
@@ -127,6 +135,20 @@ void count_anew(StorageCounters& counters, const Manifest& manifest) {
   }
 }
 
+// What the oldest segment whose head can be read began with.
+StorageCounters counters_of_oldest(const SegmentFiles& files, const StorageId& id) {
+  for (const auto& [number, path] : files.segments) {
+    try {
+      const FileDescriptor file("salvage", path, O_RDONLY);
+      const SegmentReader reader(file, id);
+      return decode_counters(std::as_bytes(std::span(reader.state())), path.string());
+    } catch (const Error&) {
+      // It is among what is lost already.
+    }
+  }
+  return {};
+}
+
 // Reads a segment's records in order until one is bad; false then, with what is wrong in `damages`.
 bool read_segment(const fs::path& path, const StorageId& id, bool is_newest, std::optional<uint64_t>& last,
                   std::vector<Damage>& damages, const std::function<void(const SegmentReader&)>& head,
@@ -136,6 +158,7 @@ bool read_segment(const fs::path& path, const StorageId& id, bool is_newest, std
     return false;
   };
   uint64_t offset = 0;
+  bool reading = true;  // or the error is of who visits
   try {
     const FileDescriptor file("verify", path, O_RDONLY);
     SegmentReader reader(file, id);
@@ -143,7 +166,9 @@ bool read_segment(const fs::path& path, const StorageId& id, bool is_newest, std
       return bad(40, "it starts with operation " + std::to_string(reader.first_sequence()) + ", expected " +
                          std::to_string(*last + 1));
     last = reader.first_sequence() - 1;
+    reading = false;
     head(reader);
+    reading = true;
     while (!reader.at_end()) {
       offset = reader.offset();
       LogRecord record;
@@ -154,12 +179,15 @@ bool read_segment(const fs::path& path, const StorageId& id, bool is_newest, std
       if (record.sequence != *last + 1)
         return bad(offset,
                    "it has operation " + std::to_string(record.sequence) + ", expected " + std::to_string(*last + 1));
+      reading = false;
       visit(record);
+      reading = true;
       last = record.sequence;
       reader.next();
     }
     return true;
   } catch (const Error& wrong) {
+    if (!reading) throw;
     damages.push_back({path.string(), wrong.what(), {}, {}, {}});
     return false;
   }
@@ -352,15 +380,13 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
   };
   std::vector<Range> ranges;
   uint64_t newest_row = 0;
+  int64_t newest_time = 0;
+  std::map<uint32_t, uint64_t> newest_steps;  // by table
 
-  fs::path scratch = wanted;
-  scratch += building_suffix(manifest.storage_id);
-  struct Remove {
-    const fs::path& path;
-    ~Remove() { try_to_remove_tree(path); }
-  } remove{scratch};
+  StagedDirectory staged(wanted, building_suffix(manifest.storage_id));
+  const fs::path& scratch = staged.path();
   {
-    StorageDirectory directory(scratch, OpenMode::kCreate);
+    StorageDirectory directory(scratch, OpenMode::kOpenOrCreate);
     directory.replace_generation([&](const fs::path& fresh) {
       StoreOptions options;
       options.directory = fresh / "rocksdb";
@@ -373,7 +399,10 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
             *source, *rows, spec.table_id,
             [&](const StoredKey& key, Bytes value) {
               try {
-                newest_row = std::max(newest_row, decode_row(key, value, shape.num_floats()).header.sequence);
+                const RowHeader header = decode_row(key, value, shape.num_floats()).header;
+                newest_row = std::max(newest_row, header.sequence);
+                newest_time = std::max(newest_time, header.time);
+                newest_steps[spec.table_id] = std::max<uint64_t>(newest_steps[spec.table_id], header.step);
               } catch (const CorruptionError& wrong) {
                 report.lost.push_back(range_of(cold.string(), spec, key, key, wrong.what()));
                 ranges.push_back({spec.table_id, key, key});
@@ -393,6 +422,7 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
       make_directory(fresh / "log");
       std::unique_ptr<OperationLog> log;
       SegmentFiles files = list_segments(generation / "log");
+      const SegmentFiles all_files = files;
       if (files.segments.empty()) note(generation / "log", "there is no segment of the log");
       if (!leave_out_dropped(files, damaged_id, manifest.cut)) {
         note(generation / "log",
@@ -461,11 +491,18 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
         break;
       }
       if (!log) {
-        StorageCounters counters;
-        counters.sequence = newest_row;
+        // Steps, clock and commit are those of the oldest head that can be read, or later where a row says so. And no
+        // number is given twice: a filter's file is of an operation, too.
+        StorageCounters counters = counters_of_oldest(all_files, damaged_id);
         count_anew(counters, manifest);
-        log = OperationLog::create({.directory = fresh / "log", .storage_id = manifest.storage_id}, newest_row + 1,
-                                   encode_counters(counters));
+        for (TableCounters& table : counters.tables)
+          table.group_step = std::max(table.group_step, newest_steps[table.table_id]);
+        counters.clock = std::max(counters.clock, newest_time);
+        counters.sequence = std::max(counters.sequence, newest_row);
+        for (const TableSpec& spec : manifest.tables)
+          if (spec.admission) counters.sequence = std::max(counters.sequence, spec.admission->saved);
+        log = OperationLog::create({.directory = fresh / "log", .storage_id = manifest.storage_id},
+                                   counters.sequence + 1, encode_counters(counters));
       }
       log->sync();
       std::sort(manifest.tables.begin(), manifest.tables.end(),
@@ -477,9 +514,11 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
 
   StorageOptions options;
   options.memory_bytes = kSalvageMemory;
+  while (Budget(options.memory_bytes).filters() < filter_bytes(manifest)) options.memory_bytes += kSalvageMemory;
   StorageCounters counters;
   {
     const std::unique_ptr<Storage> storage = open(scratch, options, OpenMode::kOpen);
+    storage->set_now(0);  // the time of the last operation: what is alive then is brought along
     // Rows that the log made anew in the place of lost ones.
     CutInfo info;
     std::shared_ptr<const StoreSnapshot> rows = storage->snapshot(info);
@@ -517,9 +556,7 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
   }
   fs::remove(scratch / "LOCK");
   if (fs::is_directory(wanted)) fs::remove(wanted);
-  if (renameat2(AT_FDCWD, scratch.c_str(), AT_FDCWD, wanted.c_str(), RENAME_NOREPLACE) != 0)
-    throw_system_error("salvage", wanted);
-  fsync_directory(wanted.parent_path());
+  staged.publish("salvage");
   return report;
 }
 

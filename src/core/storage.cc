@@ -444,7 +444,6 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, Wanted
       drop_filter(known);
       order.lock();
     }
-    known.in_use_ = true;
     for (TableSpec& spec : manifest_.tables) {
       if (spec.group != wanted.group || spec.optimizer_settings == known.spec().optimizer_settings) continue;
       spec.optimizer_settings = known.spec().optimizer_settings;
@@ -453,7 +452,9 @@ Table& Storage::table(TableSpec wanted, std::optional<Lifetime> lifetime, Wanted
     if (lifetime && (*lifetime != known.spec().lifetime || !known.spec().own_lifetime)) {
       order.unlock();
       change_lifetime(known, *lifetime, true);
+      order.lock();
     }
+    known.in_use_ = true;  // last: a change that failed may be tried again, as another one
     return known;
   }
   if (read_only) throw_no_such_group(wanted);

@@ -237,7 +237,10 @@ class Storage {
   int64_t wanted_now() const;               // what the user gave, or the wall clock
   // The time for who reads: looking does not move the clock, or a look before the user gives the time of old events
   // would leave them in the past.
-  int64_t read_clock() const;        // what the clock would be at an operation now; it moves only with a record
+  int64_t read_clock() const;  // what the clock would be at an operation now; it moves only with a record
+  // For what nobody asked for (an opening, the disk keeper): the wall clock counts only where operations follow it, for
+  // the user may be about to give the time of old events.
+  int64_t settled_clock() const;
   StorageCounters counters() const;  // the order lock is held
 
   void open_generation(const std::filesystem::path& generation);

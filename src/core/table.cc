@@ -708,7 +708,7 @@ uint64_t Table::erase(std::span<const uint64_t> keys, Erased what, uint64_t newe
     const std::unique_lock order = storage_.begin_operation();
     // Whoever forgets rows did not ask before, and comes again.
     if (what == Erased::kForgotten && (dropped_ || counted_anew_)) return 0;
-    const int64_t time = storage_.read_clock();
+    const int64_t time = what == Erased::kLiving ? storage_.read_clock() : storage_.settled_clock();
     // With no expiry, rows that have expired are there, too. They are counted no more.
     const Expiry expiry = what == Erased::kAll ? Expiry{} : expiry_at(time);
     const std::vector<Found> found = survey(batch, expiry);

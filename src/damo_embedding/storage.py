@@ -34,6 +34,7 @@ from damo_embedding.rescue import Damage, SalvageReport, VerifyReport
 
 if TYPE_CHECKING:
     from damo_embedding.embedding import Embedding
+    from damo_embedding.schedules import LearningRate
 
 __all__ = ["Storage"]
 
@@ -281,6 +282,7 @@ class Storage:
                 f"[restore] the storage {self.path} is open read-only, and nothing was changed: open it without"
                 " read_only to go back to a checkpoint"
             )
+        self._check_not_dumping("restore")
         # Numbers before names, which take what is free; and those that say what others take as it is come first.
         embeddings = sorted(
             self._embeddings, key=lambda one: (one._opened_with[0] is None, one._opened_with[-2:] == (None, None))
@@ -290,34 +292,49 @@ class Storage:
         rates = {embedding: self._rates.followed(embedding._table) for embedding in embeddings}
         path = self.path
         durability, in_place = self._opened_with[1], self._core.in_place
+        if durability == "commit":
+            # What a close would keep, should it be needed again. But a close that cannot is the end of it.
+            step, extra = self._core.last_commit() or (0, b"")
+            self._core.commit(step, extra)
         try:
-            self._core.close()
-        except StorageError:
-            # With a log, what it could not write is there, should it be needed again. In another's place nothing is
-            # to be restored.
-            if durability == "commit" or not in_place:
-                raise
-        try:
+            try:
+                self._core.close()
+            except StorageError:
+                # With a log, what it could not write is there. In another's place nothing is to be restored.
+                if durability == "commit" or not in_place:
+                    raise
             _core.restore(checkpoint, path, self._opened_with[0], done)
         finally:
-            self._core = _core.Storage.open(path, "open", *self._opened_with)
-            if done[0]:
-                self._restored_from = read_checkpoint(checkpoint)
-            self._rates = Rates()
-            wrong: Exception | None = None
-            for embedding in embeddings:
-                try:
-                    embedding._open_table()
-                    self._rates.follow(embedding._table, rates[embedding])
-                except Exception as error:  # the others go on all the same
-                    wrong = wrong or error
-            if wrong is not None:
-                raise wrong
-            if self._given_now is not None:
-                try:
-                    self.now = self._given_now
-                except ValueError:  # too far ahead of the checkpoint: the clock stands there until it is set
-                    self.now = 0
+            self._open_again(path, embeddings, rates, checkpoint if done[0] else None)
+
+    def _open_again(
+        self,
+        path: str,
+        embeddings: list[Embedding],
+        rates: dict[Embedding, LearningRate],
+        checkpoint: str | None,
+    ) -> None:
+        """If it is closed; `checkpoint`: what was restored."""
+        if not self._core.closed:
+            return
+        self._core = _core.Storage.open(path, "open", *self._opened_with)
+        if checkpoint is not None:
+            self._restored_from = read_checkpoint(checkpoint)
+        self._rates = Rates()
+        wrong: Exception | None = None
+        for embedding in embeddings:
+            try:
+                embedding._open_table()
+                self._rates.follow(embedding._table, rates[embedding])
+            except Exception as error:  # the others go on all the same
+                wrong = wrong or error
+        if wrong is not None:
+            raise wrong
+        if self._given_now is not None:
+            try:
+                self.now = self._given_now
+            except ValueError:  # too far ahead of the checkpoint: the clock stands there until it is set
+                self.now = 0
 
     @classmethod
     def create(
@@ -832,12 +849,15 @@ class Storage:
                 what it was at the last commit.
             ValueError: Called by the `progress` of a dump, which it would wait for.
         """
+        self._check_not_dumping("close")
+        self._core.close()
+
+    def _check_not_dumping(self, operation: str) -> None:
         if threading.get_ident() in self._dumping:
             raise ValueError(
-                f"[close] the storage {self.path} is being dumped by this thread: close it when dump() has returned or"
-                " raised"
+                f"[{operation}] the storage {self.path} is being dumped by this thread: close it when dump() has"
+                " returned or raised"
             )
-        self._core.close()
 
     def __enter__(self) -> Self:
         return self

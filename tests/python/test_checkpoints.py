@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,27 @@ def test_what_a_crash_left_is_removed(storage: de.Storage, kept: Path) -> None:
     assert len(names(kept)) == 5  # without keep nothing goes
     storage.checkpoint(kept / "3", keep=3)
     assert names(kept) == ["1", "2", "3"]
+
+
+def test_threads_that_keep_some_leave_each_other_s_alone(storage: de.Storage, kept: Path) -> None:
+    """A directory that one had made and not locked yet was a leftover for another."""
+    train(storage, 1)
+    wrong: list[Exception] = []
+
+    def keep(thread: int) -> None:
+        try:
+            for number in range(60):
+                storage.checkpoint(kept / f"{thread}-{number}", keep=4)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=keep, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert not [name for name in names(kept) if "building" in name]
 
 
 def test_what_somebody_is_building_stays(storage: de.Storage, kept: Path) -> None:

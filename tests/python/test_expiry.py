@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import datetime
 import math
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,58 @@ def test_what_has_expired_stays_so_under_a_longer_life(tmp_path: Path, longer: A
             assert keys_of(table) == set(range(100, 105))
             assert not table.contains(np.arange(30)).any()
             assert not table.lookup(np.arange(30), insert=False).any()
+
+
+OLD = int(time.time()) - 30 * DAY  # of events that are replayed
+
+
+def of_old_events(path: Path, ttl: str) -> None:
+    with de.Storage(path, memory="16MiB", ttl=ttl) as storage:
+        storage.now = OLD
+        update(embedding(storage), *range(100))
+
+
+@pytest.mark.parametrize("ttl", ["14d", "3d"])
+def test_another_life_at_an_opening_does_not_ask_the_wall_clock(tmp_path: Path, ttl: str) -> None:
+    """Before the time of the events could be set, all rows had expired by the wall clock, and were erased."""
+    of_old_events(tmp_path / "s", "7d")
+    for kind in ("storage", "embedding"):
+        path = tmp_path / kind
+        shutil.copytree(tmp_path / "s", path)
+        with de.Storage(path, memory="16MiB", **({"ttl": ttl} if kind == "storage" else {})) as storage:
+            group = embedding(storage, **({"ttl": ttl} if kind == "embedding" else {}))
+            storage.now = OLD + 1
+            assert storage.now == OLD + 1
+            assert len(group) == 100
+            storage.now = OLD + 5 * DAY
+            assert len(group) == (100 if ttl == "14d" else 0)
+            assert storage.verify().damages == ()
+
+
+def test_rows_of_old_events_are_salvaged(tmp_path: Path) -> None:
+    """All had expired by the wall clock: none came along, and none was listed as lost."""
+    of_old_events(tmp_path / "s", "7d")
+    assert de.Storage.salvage(tmp_path / "s", tmp_path / "out").rows == 100
+    with de.Storage(tmp_path / "out", memory="16MiB") as storage:
+        storage.now = OLD + 1
+        assert len(embedding(storage)) == 100
+
+
+def test_what_keeps_the_disk_does_not_move_the_clock(tmp_path: Path) -> None:
+    """Rows were forgotten by the wall clock, which stood in the storage from then on: the oldest had expired by it."""
+    with de.Storage(tmp_path / "s", memory="16MiB", ttl="45d") as storage:
+        table = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=64, group=0)
+        for place, when in enumerate((OLD - 40 * DAY, OLD)):
+            storage.now = when
+            for part in np.split(np.arange(80_000) + place * 80_000, 4):
+                table.apply_gradients(part, np.ones((len(part), 64), np.float32))
+    with de.Storage(tmp_path / "s", memory="16MiB", disk="64MiB") as storage:
+        deadline = time.monotonic() + 60
+        while storage.stats()["forgotten"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert storage.stats()["forgotten"] > 0
+        storage.now = OLD + 1
+        assert storage.now == OLD + 1
 
 
 def test_a_clock_a_year_ahead_warns_at_commit_and_expires_nothing_before_it_is_confirmed(tmp_path: Path) -> None:

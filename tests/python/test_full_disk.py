@@ -81,3 +81,41 @@ def test_with_space_the_same_handle_goes_on_and_no_row_is_wrong(disk: Tmpfs, log
             trained.check(trained.embedding)
     with de.Storage.open(path, memory="16MiB") as storage:
         trained.check(Trained(storage).embedding)
+
+
+def test_another_life_that_found_no_space_may_be_tried_again(disk: Tmpfs) -> None:
+    """The group counted as in use by then, with the life that it had before."""
+    with de.Storage(disk.directory / "storage", memory="16MiB", log_bytes=1 << 20) as storage:
+        trained = Trained(storage)
+        for _ in range(30):
+            trained.step(np.random.default_rng(0))
+    with de.Storage(disk.directory / "storage", memory="16MiB", log_bytes=64 << 20) as storage:
+        settings = {"group": 0, "dimension": DIMENSION, "optimizer": de.SGD(lr=LR), "initializer": de.Constant(0.0)}
+        other = de.Embedding(storage, de.SGD(lr=LR), de.Zeros(), DIMENSION, 1)
+        other.apply_gradients(np.arange(20_000), np.ones((20_000, DIMENSION), np.float32))  # a cut has to write these
+        disk.leave(pages=16)
+        with pytest.raises(de.StorageError, match="No space left"):
+            de.Embedding(storage, ttl="30d", **settings)
+        disk.make_space()
+        assert de.Embedding(storage, ttl="60d", **settings).ttl == 60 * 86_400
+
+
+def test_a_load_that_cannot_write_what_it_replaces_leaves_it_open(disk: Tmpfs, tmp_path: Path) -> None:
+    """In mode commit the close had nowhere to keep what was done since the last commit, and was the end of it."""
+    torch = pytest.importorskip("torch")
+    from damo_embedding.torch import load_checkpoint, save_checkpoint
+
+    model = torch.nn.Linear(1, 1)
+    with de.Storage(disk.directory / "storage", memory="16MiB", durability="commit") as storage:
+        trained = Trained(storage)
+        generator = np.random.default_rng(0)
+        trained.step(generator)
+        save_checkpoint(tmp_path / "1", model, None, storage, 1)
+        for _ in range(20):
+            trained.step(generator)
+        disk.leave(pages=16)
+        with pytest.raises(de.StorageError, match="No space left"):
+            load_checkpoint(tmp_path / "1", model, None, storage)
+        disk.make_space()
+        trained.check(trained.embedding)
+        assert load_checkpoint(tmp_path / "1", model, None, storage) is not None

@@ -14,8 +14,9 @@ import damo_embedding as de
 from comparing import Row, files_of, rows_of
 from damo_embedding.rescue import _mix
 from reliability import faults, trainee
+from reliability.mounts import Tmpfs
 from reliability.oracle import Operation
-from reliability.suite import ask, listen, make_base
+from reliability.suite import SkippedError, ask, listen, make_base
 from reliability.workload import SMALL, START, Workload
 from storage_server import fork_server
 
@@ -379,3 +380,60 @@ def test_a_lost_filter_costs_the_log_and_is_listed(with_filter: tuple[Path, dict
         table.lookup([10**6, 10**6])
         assert table.contains([10**6]).all()
         storage.verify()
+
+
+def test_filters_of_any_size_are_salvaged(tmp_path: Path) -> None:
+    """Salvage worked with 64 MiB, of which filters may have 17."""
+    large = de.CountingBloomFilter(capacity=3_000_000, count=1)
+    with de.Storage(tmp_path / "s", memory="256MiB") as storage:
+        group = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=4, group=1, admission=large)
+        group.lookup(np.arange(100))
+    assert de.Storage.salvage(tmp_path / "s", tmp_path / "out").rows == 100
+
+
+def test_a_full_disk_is_no_damage(tmp_path: Path) -> None:
+    """What could not be written to the new storage was listed as lost, and a part was returned as all."""
+    with de.Storage(tmp_path / "s", memory="64MiB") as storage:
+        group = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=64, group=1)
+        for keys in (1_000, 20_000, 1_000):
+            group.apply_gradients(np.arange(keys), np.ones((keys, 64), f32))
+        shutil.copytree(tmp_path / "s", tmp_path / "killed")
+    try:
+        disk = Tmpfs(tmp_path / "disk", megabytes=4)
+    except SkippedError as reason:
+        pytest.skip(str(reason))
+    try:
+        with pytest.raises(de.StorageError, match="No space left"):
+            de.Storage.salvage(tmp_path / "killed", disk.directory / "out")
+        assert not list(disk.directory.iterdir())
+    finally:
+        disk.unmount()
+
+
+def test_without_a_log_steps_and_filters_go_on(tmp_path: Path) -> None:
+    """Groups began at step 0 again, and a filter that was whole forgot at each close what it had counted since."""
+    counted = de.CountingBloomFilter(capacity=1_000, count=3)
+    with de.Storage(tmp_path / "s", memory="16MiB") as storage:
+        plain = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=4, group=1)
+        one, two = (
+            de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=4, group=group, admission=counted)
+            for group in (2, 3)
+        )
+        for step in range(400):
+            plain.apply_gradients([step % 7], np.ones((1, 4), f32))
+        one.lookup([1])
+        two.lookup([1])
+        storage.commit(400, b"reader at 17")
+    damaged = [file for file in (tmp_path / "s").glob("generation-*/filter-*")]
+    assert len(damaged) == 2
+    flip(sorted(damaged)[-1], 200)
+    report = de.Storage.salvage(tmp_path / "s", tmp_path / "out")
+    assert report.lost
+    for seen in (1, 2, 3):
+        with de.Storage(tmp_path / "out", memory="16MiB") as storage:
+            assert storage.last_commit == (400, b"reader at 17")
+            groups = {group["group"]: group for group in storage.stats()["groups"]}
+            assert groups[1]["step"] == 400
+            table = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=4, group=2)
+            table.lookup([9])
+            assert len(table) == (seen == 3)

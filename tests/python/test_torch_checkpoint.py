@@ -282,6 +282,41 @@ def test_a_ctrl_c_that_comes_when_the_rows_are_back_leaves_all_of_the_checkpoint
     assert found.step == 2
 
 
+def test_a_ctrl_c_in_the_close_before_the_rows_are_replaced_changes_nothing(training: Training, kept: Path) -> None:
+    """The storage was left closed."""
+    training.learn(2)
+    training.save(kept / "2", 2)
+    training.learn(1)
+    before, core = training.bits(), training.storage._core
+
+    class Interrupted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(core, name)
+
+        def close(self) -> None:
+            core.close()
+            raise KeyboardInterrupt
+
+    training.storage._core = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        training.load(kept)
+    assert training.bits() == before
+    training.learn(1)
+
+
+def test_a_load_within_a_dump_is_refused(training: Training, kept: Path, tmp_path: Path) -> None:
+    """It waited for the dump, which waited for it."""
+    training.learn(1)
+    training.save(kept / "1", 1)
+
+    def progress(done: int, total: int) -> None:
+        training.load(kept)
+
+    with pytest.raises(ValueError, match=r"\[restore\] .* is being dumped by this thread"):
+        training.storage.dump(tmp_path / "dump", progress=progress)
+    training.learn(1)
+
+
 def test_a_clock_that_ran_far_ahead_stands_at_the_checkpoint_s(kept: Path, path: Path) -> None:
     """Setting it again was refused, after the rows had been replaced."""
     with de.Storage(path, memory="16MiB", ttl="1000d") as storage:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -87,11 +88,14 @@ class Tmpfs(Mount):
 
     def leave(self, pages: int) -> None:
         """A file takes all but so many pages of 4 KiB."""
-        free = os.statvfs(self.directory).f_bavail
         fd = os.open(self.directory / "filler", os.O_WRONLY | os.O_CREAT)
         try:
-            if free > pages:
-                os.posix_fallocate(fd, os.fstat(fd).st_size, (free - pages) * 4096)
+            while (free := os.statvfs(self.directory).f_bavail) > pages:
+                try:
+                    os.posix_fallocate(fd, os.fstat(fd).st_size, (free - pages) * 4096)
+                except OSError as error:  # somebody else writes there
+                    if error.errno != errno.ENOSPC:
+                        raise
         finally:
             os.close(fd)
 
