@@ -397,6 +397,7 @@ class Storage:
             CorruptionError: A file of the checkpoint is missing, truncated or damaged.
             AlreadyOpenError: The storage at `path` is open.
             StorageError: `checkpoint` is no checkpoint, `path` is not a storage, or the disk is full.
+            ValueError: The checkpoint's admission filters have no room in `memory`; or as for Storage.
 
         Example:
             >>> storage = Storage.restore("checkpoints/1000", "ctr.damo", memory="2GiB")  # doctest: +SKIP

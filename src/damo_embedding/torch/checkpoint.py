@@ -164,9 +164,10 @@ def load_checkpoint(
 
     Raises:
         CorruptionError: There are checkpoints and not one is whole, or the one given is not.
-        SchemaMismatchError: A group of the checkpoint has another layout than the model's.
+        SchemaMismatchError: A group of the checkpoint has another layout or admission filter than the model's.
         RuntimeError: The model's state_dict has other names or shapes.
-        ValueError: The optimizers are others, or an embedding is of another storage.
+        ValueError: The optimizers are others, an embedding is of another storage, admission filters have no room in its
+            memory, or this thread is in a dump of it.
         StorageError: The storage holds rows, and the checkpoint is of another storage; or there is no checkpoint, so
             that the rows would be ahead of the dense part: remove the storage's directory to begin anew.
 
