@@ -13,7 +13,7 @@
 namespace damo {
 namespace {
 
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kFilterFileVersion = 1;
 constexpr size_t kFieldBytes = 64;  // of the head, before its checksum
 constexpr size_t kMarkBytes = 32;   // with its checksum
 
@@ -37,7 +37,7 @@ std::string encode_filter_head(const CountingBloomFilter& filter, uint64_t adds,
                                uint64_t seed) {
   std::string bytes(kFilterMagic);
   ByteWriter writer(bytes);
-  writer.put(kVersion);
+  writer.put(kFilterFileVersion);
   writer.put(uint32_t{0});
   writer.put(filter.settings().capacity);
   writer.put(filter.settings().count);
@@ -66,9 +66,9 @@ FilterHead read_filter_head(const FileDescriptor& file, uint64_t seed) {
     throw_damaged(path, got, "the file ends inside its head, which has " + std::to_string(kFilterHeadBytes) + " bytes");
   // Before the checksum, for a newer version may have another one: so a flipped bit comes here, too.
   const auto version = fields.get<uint32_t>();
-  if (version > kVersion)
+  if (version > kFilterFileVersion)
     throw CorruptionError("[open] " + path.string() + " has filter format " + std::to_string(version) +
-                          " at offset 8, this version reads up to " + std::to_string(kVersion) +
+                          " at offset 8, this version reads up to " + std::to_string(kFilterFileVersion) +
                           ": it was written by a newer version, then upgrade damo-embedding, or it is damaged");
   if (version == 0) throw_damaged(path, kFilterMagic.size(), "filter format 0");
   fields.take(4);  // reserved, under the checksum

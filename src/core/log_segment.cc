@@ -19,7 +19,7 @@ namespace damo {
 namespace {
 
 constexpr std::string_view kMagic = "DAMO-LOG";
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kSegmentVersion = 1;
 constexpr size_t kHeadFieldBytes = 56;  // before the head's checksum
 constexpr size_t kMarksOffset = 64;
 constexpr size_t kMarkBytes = 32;
@@ -114,7 +114,7 @@ std::string encode_segment_head(const StorageId& storage_id, uint64_t number, ui
   std::string bytes;
   ByteWriter writer(bytes);
   writer.put_bytes(kMagic.data(), kMagic.size());
-  writer.put(kVersion);
+  writer.put(kSegmentVersion);
   writer.put(uint32_t{0});
   writer.put_bytes(storage_id.data(), storage_id.size());
   writer.put(number);
@@ -175,9 +175,9 @@ void SegmentReader::read_head(const StorageId& storage_id) {
     throw_damaged(source_, 0, "not a segment of an operation log");
   // Before the checksum, for a newer version may have another one: so a flipped bit comes here, too.
   const auto version = fields.get<uint32_t>();
-  if (version > kVersion)
+  if (version > kSegmentVersion)
     throw CorruptionError("[read] " + source_ + " has log format " + std::to_string(version) +
-                          " at offset 8, this version reads up to " + std::to_string(kVersion) +
+                          " at offset 8, this version reads up to " + std::to_string(kSegmentVersion) +
                           ": it was written by a newer version, then upgrade damo-embedding, or it is damaged");
   if (version == 0) throw_damaged(source_, 8, "log format 0");
   fields.take(4);  // reserved, under the checksum

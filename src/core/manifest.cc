@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::string_view kManifestMagic = "DAMOMANI";
 constexpr std::string_view kCheckpointMagic = "DAMOCKPT";
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kManifestVersion = 1;
 constexpr uint32_t kFilterVersion = 2;  // of a manifest that tells of filters
 constexpr size_t kMaxText = size_t{1} << 20;
 
@@ -39,7 +39,7 @@ Settings get_settings(ByteReader& reader) {
 }
 
 // magic, version, then the body, then the checksum of all before it.
-std::string seal(std::string_view magic, const std::string& body, uint32_t version = kVersion) {
+std::string seal(std::string_view magic, const std::string& body, uint32_t version = kManifestVersion) {
   std::string out(magic);
   ByteWriter writer(out);
   writer.put(version);
@@ -121,7 +121,7 @@ std::string encode_manifest(const Manifest& manifest) {
     writer.put(table.admission->saved);
   }
   if (filters) writer.put(manifest.cut);
-  return seal(kManifestMagic, body, filters ? kFilterVersion : kVersion);
+  return seal(kManifestMagic, body, filters ? kFilterVersion : kManifestVersion);
 }
 
 Manifest decode_manifest(Bytes bytes, const std::string& source) {
@@ -236,7 +236,7 @@ std::string encode_checkpoint(const CheckpointManifest& manifest) {
 }
 
 CheckpointManifest decode_checkpoint(Bytes bytes, const std::string& source) {
-  uint32_t version = kVersion;
+  uint32_t version = kManifestVersion;
   ByteReader reader = unseal(kCheckpointMagic, bytes, source, version);
   CheckpointManifest manifest;
   get_id(reader, manifest.storage_id);

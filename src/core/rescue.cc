@@ -32,7 +32,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kSalvageMemory = size_t{64} << 20;
-constexpr size_t kEraseBatch = 4096;
+constexpr size_t kSalvageBatch = 4096;
 
 // The next stored key; nothing after the last one.
 std::optional<StoredKey> successor(const StoredKey& key) {
@@ -530,7 +530,7 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
       for (bool more = true; more;) {
         more = row->next();
         if (more) keys.push_back(unmixed(row->key()));
-        if (keys.size() < (more ? kEraseBatch : 1)) continue;
+        if (keys.size() < (more ? kSalvageBatch : 1)) continue;
         table->erase(keys);
         keys.clear();
       }
