@@ -95,9 +95,9 @@ std::unique_lock<std::mutex> Storage::begin_operation() {
   {
     std::unique_lock lock(background_mutex_);
     // The log is cut in the background; twice its bound is where operations wait for that.
-    const uint64_t no_space_before = no_space_times_;
+    const uint64_t begun_before = cuts_begun_;  // one of these may have found the disk full that has space by now
     while (!stop_ && (log_full_ || waits_for_disk())) {
-      if (log_full_ && no_space_times_ != no_space_before) std::rethrow_exception(no_space_);
+      if (log_full_ && no_space_in_ > begun_before) std::rethrow_exception(no_space_);
       if (log_full_ && !std::exchange(space_wanted_, true)) background_wake_.notify_all();
       log_shrunk_.wait_for(lock, kLookAgain);
     }
@@ -662,6 +662,7 @@ void Storage::maintenance_loop() {
     background_wake_.wait(lock,
                           [&] { return stop_ || (log_->bytes() > log_limit_ && log_->last_sequence() > cut_at); });
     if (stop_) return;
+    const uint64_t cut = ++cuts_begun_;
     lock.unlock();
     bool failed = false;
     std::exception_ptr no_space;
@@ -676,7 +677,7 @@ void Storage::maintenance_loop() {
     }
     lock.lock();
     no_space_ = no_space;
-    if (no_space) ++no_space_times_;
+    if (no_space) no_space_in_ = cut;
     log_full_ = no_space && log_->bytes() > 2 * log_limit_;
     space_wanted_ = false;
     log_shrunk_.notify_all();

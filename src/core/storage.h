@@ -374,11 +374,11 @@ class Storage {
   bool stop_ = false;
   std::atomic<bool> stopping_{false};  // the same, for who holds no lock
   bool log_full_ = false;
-  std::exception_ptr no_space_;              // why the log could not be cut, while the disk is full
-  uint64_t no_space_times_ = 0;              // cuts that met a full disk
-  bool space_wanted_ = false;                // an operation waits for the next attempt
-  std::atomic<bool> keeps_disk_{false};      // the disk keeper is there
-  std::atomic<uint64_t> written_before_{0};  // to the cold tier, when it last looked
+  std::exception_ptr no_space_;                // why the log could not be cut, while the disk is full
+  uint64_t cuts_begun_ = 0, no_space_in_ = 0;  // the last of them that met a full disk
+  bool space_wanted_ = false;                  // an operation waits for the next attempt
+  std::atomic<bool> keeps_disk_{false};        // the disk keeper is there
+  std::atomic<uint64_t> written_before_{0};    // to the cold tier, when it last looked
   std::deque<std::pair<Table*, std::vector<uint64_t>>> prefetches_;
   std::thread maintenance_, prefetcher_, disk_keeper_;
 };

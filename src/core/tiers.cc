@@ -221,10 +221,11 @@ size_t Tiers::allocate(size_t slot_bytes, size_t count, std::vector<Slot>& out) 
 
 void Tiers::wait_for_slots(size_t slot_bytes, size_t count) {
   std::unique_lock lock(structure_);
-  const uint64_t no_space_before = no_space_times_;
+  // One that began before may have found the disk full that has space by now.
+  const uint64_t begun_before = evictions_begun_;
   while (hot_.available(slot_bytes) < count) {
     throw_if_failed();
-    if (no_space_times_ != no_space_before) std::rethrow_exception(no_space_);
+    if (no_space_in_ > begun_before) std::rethrow_exception(no_space_);
     if (stop_) throw ClosedError("[storage] it was closed while an operation waited for memory");
     size_t& wanted = demand_[slot_bytes];
     wanted = std::max({wanted, count, high_water(slot_bytes)});
@@ -792,6 +793,7 @@ void Tiers::evict_loop() {
       evict_wake_.wait(lock);
       continue;
     }
+    const uint64_t eviction = ++evictions_begun_;
     lock.unlock();
     try {
       evict_some(slot_bytes, target);
@@ -800,7 +802,7 @@ void Tiers::evict_loop() {
       // the next attempt.
       lock.lock();
       no_space_ = std::current_exception();
-      ++no_space_times_;
+      no_space_in_ = eviction;
       demand_.clear();
       slots_freed_.notify_all();
       continue;

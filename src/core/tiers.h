@@ -264,8 +264,8 @@ class Tiers {
   size_t working_slot_bytes_ = 0, working_rows_ = 0;  // of the operation at hand, or the last one
   std::map<size_t, size_t> hand_;                     // slot size -> slab where the hand stands
   std::condition_variable evict_wake_, slots_freed_;
-  std::exception_ptr no_space_;  // why the last eviction could not write, when the disk was full
-  uint64_t no_space_times_ = 0;  // evictions that met a full disk
+  std::exception_ptr no_space_;                     // why the last eviction could not write, when the disk was full
+  uint64_t evictions_begun_ = 0, no_space_in_ = 0;  // the last of them that met a full disk
   bool stop_ = false;
   mutable std::mutex error_mutex_;
   std::exception_ptr error_;
