@@ -145,11 +145,13 @@ TEST_CASE("checkpoints: removing takes those that were named, and what crashes h
 
 TEST_CASE("checkpoints: what cannot be removed is told, and is no reason to leave the others") {
   const TemporaryDirectory directory;
-  const CheckpointInfo gone{.path = directory / "gone"};
+  write_file_atomically(directory / "file", "no directory");
+  const CheckpointInfo refused{.path = directory / "file" / "below"};
+  const CheckpointInfo gone{.path = directory / "gone"};  // another has removed it: that is what was wanted
   const CheckpointInfo there{.path = make(directory / "there", 1, 1)};
-  const std::vector<std::string> problems = remove_checkpoints(directory.path(), kOurs, {gone, there});
+  const std::vector<std::string> problems = remove_checkpoints(directory.path(), kOurs, {refused, gone, there});
   REQUIRE(problems.size() == 1);
-  CHECK(problems[0].find("gone") != std::string::npos);
+  CHECK(problems[0].find("below") != std::string::npos);
   CHECK_FALSE(fs::exists(directory / "there"));
 }
 
