@@ -24,8 +24,8 @@ StagedDirectory::StagedDirectory(const std::filesystem::path& wanted, const std:
     // Who removes it has the lock: then it is waited for. A system that has no such locks is no reason to stop: there a
     // leftover is not told from what is being built, and stays.
     (void)::flock(lock_.get(), LOCK_EX);
-    struct stat there {
-    }, ours{};
+    struct stat there {};
+    struct stat ours {};
     if (::stat(staged_.c_str(), &there) == 0 && ::fstat(lock_.get(), &ours) == 0 && there.st_ino == ours.st_ino) return;
   }
 }

@@ -575,7 +575,8 @@ class Storage:
         self._core.compact()
 
     def drop_group(self, group: int | str) -> None:
-        """Removes a group (number or name) with all its rows. Its embeddings raise ValueError from now on.
+        """Removes a group (number or name) with all its rows. Its embeddings raise ValueError from now on, and
+        ClosedError once the content was replaced by a checkpoint's.
 
         Raises:
             ValueError: There is no such group.

@@ -62,7 +62,7 @@ def test_a_dropped_group_takes_no_operation_before_it_along_when_the_power_goes(
     storage.close()
 
 
-def test_a_lookup_without_memory_for_a_new_group_leaves_one_that_opens(server: ForkServer, tmp_path: Path) -> None:
+def test_a_new_group_that_is_tried_again_after_a_memory_error_opens(server: ForkServer, tmp_path: Path) -> None:
     """A second try wrote the group into the manifest twice, which no opening accepts."""
     for nth in range(1, 400):
         path = tmp_path / str(nth)
