@@ -245,6 +245,7 @@ void bind_storage(nb::module_& m) {
       .def_prop_ro("closed", &Storage::closed)
       .def_prop_ro("in_place", [](const Storage& storage) { return storage.is_in_place(); })
       .def_prop_ro("read_only", &Storage::read_only)
+      .def_prop_ro("tables_made", &Storage::tables_made)
       .def_prop_ro(
           "id",
           [](const Storage& storage) {

@@ -176,6 +176,8 @@ class Storage {
                                const std::filesystem::path& manifest_of);
 
   std::array<std::byte, 16> id() const;  // manifest.h
+  // Of groups, ever; those that were dropped are among them.
+  uint32_t tables_made() const noexcept { return next_table_id_.load() - 1; }
   // Whether the path still leads to the directory that is open; false after close().
   bool is_in_place() const noexcept { return directory_ && directory_->is_in_place(); }
   StorageStats stats() const;

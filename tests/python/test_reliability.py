@@ -95,6 +95,50 @@ def test_the_oracle_knows_every_moment_of_its_past() -> None:
     whole.compare(found_at(whole.from_here(middle), middle), middle, middle)
 
 
+def test_the_oracle_knows_what_was_before_and_after_a_drop() -> None:
+    oracle = Oracle(SMALL.groups, START)
+    for operation in Workload([1, 2], SMALL).draw(200, without=("drop_group",)):
+        oracle.perform(operation)
+    group = 90  # lives nine steps, and has a filter
+    before = oracle.sequence
+    full = oracle.rows_at(before)[group]
+    assert len(full.keys) > 0
+    assert oracle.filter_at(group, before).adds > 0
+    oracle.perform(Operation("drop_group", group))
+    keys = SMALL.keys_of(group)[:5]
+    for _ in range(2):
+        oracle.perform(Operation("lookup", group, keys))
+    last = oracle.sequence
+    assert last == before + 3
+    assert [len(oracle.rows_at(sequence)[group].keys) for sequence in range(before, last + 1)] == [
+        len(full.keys),
+        0,
+        0,
+        5,
+    ]
+    assert [oracle.filter_at(group, sequence).adds for sequence in range(before + 1, last + 1)] == [0, 5, 10]
+    for sequence in range(before, last + 1):
+        oracle.from_here(sequence).compare(found_at(oracle, sequence), sequence, sequence)
+    # The storage does not count the drop.
+    found = found_at(oracle, last)
+    key = int(keys[0]) % 2**64
+    found.inspected[group, key] = (last - 1, 0)
+    oracle.compare(found, last, last)
+    found.inspected[group, key] = (last, 0)
+    with pytest.raises(AssertionError, match="the row says operation"):
+        oracle.compare(found, last, last)
+
+
+def test_the_groups_that_must_exist_are_those_saved_and_not_dropped() -> None:
+    oracle = Oracle(SMALL.groups, START)
+    keys = np.arange(3)
+    verbs = [("lookup", 0), ("lookup_only", 7), ("scan", 0), ("drop_group", 7), ("contains", 7), ("lookup", 7)]
+    expected = expect(oracle, [Operation(verb, group, keys) for verb, group in verbs])
+    must_exist = [expected.groups({255}, done, done) for done in range(-1, len(verbs))]
+    assert must_exist == [{255}, {0, 255}, {0, 255}, {0, 7, 255}, {0, 255}, {0, 255}, {0, 7, 255}]
+    assert expected.groups({7}, 2, 3) == {0}  # while it is dropped
+
+
 def test_the_oracle_refuses_what_is_not_exactly_the_storage() -> None:
     oracle = oracle_after(60)
     last = oracle.sequence

@@ -190,7 +190,7 @@ class Damaged(ServedSuite):
             # A reopening leaves the files of filters; the end is what was never synced.
             operations = [*workload.draw(15, without=("checkpoint", "dump")), Operation("reopen")]
             operations += workload.draw(15, without=("checkpoint", "dump"))
-            operations += workload.draw(8, without=("commit", "reopen", "scan", "dump", "checkpoint"))
+            operations += workload.draw(8, without=("commit", "reopen", "scan", "dump", "checkpoint", "drop_group"))
             session.start("call", trainee.train, operations[:-8], oracle.now)
             told = listen(session)
             assert told.ended, f"{told}"

@@ -13,7 +13,7 @@ from reliability import trainee
 from reliability.mounts import Ext4
 from reliability.oracle import Oracle
 from reliability.suite import ServedSuite, ask, check_kept, expect, hear_the_rest, kept, listen, make_base, scratch
-from reliability.workload import DURABILITIES, START, Workload, draw_options, draw_shape
+from reliability.workload import DURABILITIES, Workload, draw_options, draw_shape
 
 ROUNDS = 3
 
@@ -51,7 +51,7 @@ class JournaledDisk(ServedSuite):
         shape = draw_shape(random, tight=0.15)
         durability = DURABILITIES[seed % 3]
         workload = Workload([seed, 42], shape)
-        oracle = Oracle(shape.groups, START)
+        oracle = Oracle(shape.groups, shape.start)
         base = self.disk.directory / "base"
         self.disk.mount()
         try:
@@ -94,7 +94,7 @@ class JournaledDisk(ServedSuite):
                 moments = expected.moments(oracle, operations, told.done, told.issued, before)
                 low = expected.last_durable(operations, told.done, durability == "durable")
                 high = expected.sequence(told.issued)
-                groups |= {group for group, place in expected.saved.items() if place <= told.done}
+                groups = expected.groups(groups, told.done, told.issued)
                 made = kept(base, expected, told.done)
                 self.done["power losses"] += 1
                 self.done[f"mode {durability}"] += 1

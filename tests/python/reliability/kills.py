@@ -29,7 +29,7 @@ from reliability.suite import (
     make_base,
     scratch,
 )
-from reliability.workload import LARGE, START, Shape, Workload, draw_options, draw_shape
+from reliability.workload import LARGE, Shape, Workload, draw_options, draw_shape
 
 ROUNDS = 5
 
@@ -63,12 +63,12 @@ class Victim:
         self.workload = Workload([seed, 2], self.shape)
         self.base = make_base(directory / "base")
         self.epitaph = directory / "epitaph"
-        self.oracle = Oracle(self.shape.groups, START)
+        self.oracle = Oracle(self.shape.groups, self.shape.start)
         self.low = self.high = 0  # the sequence number it may come back with
         self.groups: set[int] = set()  # that must exist
         self.moments: list[Moment] | None = None  # of a process in mode commit: one of these, instead of all that
         self.kept: list[Kept] = []
-        self.expected = Expected(0, START)  # of the last training
+        self.expected = Expected(0, self.shape.start)  # of the last training
 
     def live(self) -> None:
         for number in range(ROUNDS):
@@ -156,7 +156,7 @@ class Victim:
         self.low, self.high = expected.sequence(told.done), expected.sequence(told.issued)
         if options["durability"] == "commit":
             self.moments = expected.moments(self.oracle, operations, told.done, told.issued, before)
-        self.groups |= {group for group, place in expected.saved.items() if place <= told.done}
+        self.groups = expected.groups(self.groups, told.done, told.issued)
         self.kept = kept(self.base, expected, told.done)
 
     def note_death(self) -> None:

@@ -5,6 +5,8 @@ Built on the tables of reference.py: every operation is applied in float32 by Nu
 oracle keeps each row, and each filter, as it was after each sequence number, so that whatever number a storage comes
 back with after a crash, all of it can be compared. A row that has expired is absent: when that is, the clock and the
 group's step say.
+
+A drop of a group has a sequence number here, which the storage does not give it: `sequence_of` counts them in.
 """
 
 from __future__ import annotations
@@ -101,9 +103,12 @@ class Oracle:
         self.sequence = 0  # of the last operation
         self.now = now
         self.last_may_be_missing = False  # of the last operation nobody knows whether it happened
+        # A drop that raised, after which nothing else changed: it may be on the disk, where only a sync failed.
+        self.may_be_dropped: Operation | None = None
         self._clock = 0
         self._last_commit: Commit | None = None
         self._first = 0  # the oldest sequence number that can be asked for
+        self._drops: list[int] = []  # sequence numbers of those
         self._numbers = [self._current_numbers()]
         # (group, key) -> sequence numbers at which the row changed, and what it was from then on (None: no row)
         self._versions: dict[tuple[int, int], tuple[list[int], list[ReferenceRow | None]]] = {}
@@ -147,6 +152,18 @@ class Oracle:
             versions.append(None if row is None else row.copied())
         self._numbers.append(self._current_numbers())
 
+    def _drop(self, group: int) -> None:
+        table = self.tables[group] = _table_of(next(known for known in self.groups if known.group == group))
+        self._changed(group, [key for key in self._keys[group] if self._versions[group, key][1][-1] is not None])
+        self._drops.append(self.sequence)
+        if isinstance(table, AdmittedTable):
+            self._note_filter(group, table)
+
+    def _note_filter(self, group: int, table: AdmittedTable) -> None:
+        sequences, versions = self._filters[group]
+        sequences.append(self.sequence)
+        versions.append(copy.deepcopy(table.filter))
+
     def table_now(self, group: int) -> ReferenceTable:
         """The group as who calls it now finds it: without what has expired."""
         table = self.tables[group]
@@ -174,6 +191,9 @@ class Oracle:
             return sum(len(rows.keys) for rows in before.values()) - sum(self._numbers[-1].rows.values())
         if operation.verb == "verify":
             return ()
+        if operation.verb == "drop_group":
+            self._drop(operation.group)
+            return None
         if operation.verb == "lost commit":  # one that failed, in mode commit: its number is gone
             self._changed(-1, [])
             return None
@@ -199,9 +219,7 @@ class Oracle:
                 self._clock = table.now
                 self._changed(operation.group, [key for key in without if key in table.rows])
                 if isinstance(table, AdmittedTable):
-                    sequences, versions = self._filters[operation.group]
-                    sequences.append(self.sequence)
-                    versions.append(copy.deepcopy(table.filter))
+                    self._note_filter(operation.group, table)
             return weights
         if not distinct:
             return None
@@ -284,6 +302,7 @@ class Oracle:
         numbers = self.numbers_at(sequence)
         other = Oracle(self.groups, self.now)
         other.sequence = other._first = sequence
+        other._drops = [drop for drop in self._drops if drop <= sequence]
         other._clock, other._last_commit = numbers.clock, numbers.last_commit
         for group, table in other.tables.items():
             table.step = numbers.steps[group]
@@ -324,9 +343,10 @@ class Oracle:
         for (group, key), (row_sequence, step) in found.inspected.items():
             version = self._version(group, key, sequence, numbers.clock)
             assert version is not None, f"group {group} has the row {key}"
-            assert (row_sequence, step) == (version[0], version[1].step), (
+            since = version[0] - bisect_right(self._drops, version[0])  # as the storage counts
+            assert (row_sequence, step) == (since, version[1].step), (
                 f"group {group}, key {key} after operation {sequence}: the row says operation {row_sequence} and "
-                f"step {step}, expected {version[0]} and {version[1].step}"
+                f"step {step}, expected {since} and {version[1].step}"
             )
 
     def compare_moments(self, found: Found, moments: Sequence[Moment]) -> Moment:

@@ -30,7 +30,7 @@ from reliability.suite import (
     make_base,
     scratch,
 )
-from reliability.workload import START, Shape, Workload, draw_options, draw_shape
+from reliability.workload import Shape, Workload, draw_options, draw_shape
 
 STATES = 24  # disks of one recorded run
 DEPTH = 3  # recoveries within recoveries
@@ -55,7 +55,7 @@ class Recorded:
         moments = self.expected.moments(self.oracle, self.operations, done, issued, self.before)
         if self.closed and done == len(self.operations) - 1:
             assert self.before.groups is not None
-            moments.append(self.oracle.moment(self.before.groups | set(self.expected.opened)))
+            moments.append(self.oracle.moment(self.expected.groups_at_the_end(self.before.groups)))
         return moments
 
     def range_at(self, position: int, everything_kept: bool) -> tuple[int, int, int, int]:
@@ -94,7 +94,7 @@ class PowerLoss(ServedSuite):
         shape = draw_shape(random, tight=0.1)
         with scratch() as directory:
             origin = make_base(directory / "origin")
-            self.explore(seed, random, shape, origin, Oracle(shape.groups, START), set(), 0, STATES)
+            self.explore(seed, random, shape, origin, Oracle(shape.groups, shape.start), set(), 0, STATES)
 
     def explore(
         self,
@@ -218,7 +218,7 @@ class PowerLoss(ServedSuite):
                 run.oracle.compare(found, low, high)
         finally:
             session.kill()
-        must_exist = {group for group, place in run.expected.saved.items() if place <= done}
+        must_exist = run.expected.groups(run.before.groups, done, issued)
         if run.durability != "commit":  # which compares them
             assert must_exist <= found.groups, f"groups {must_exist - found.groups} are lost"
         made = [what for what in kept(opened, run.expected, done) if what.sequence <= run.expected.sequence(issued)]

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -156,8 +156,10 @@ class Expected:
     checkpoints: dict[int, int] = field(default_factory=dict)  # number -> sequence number
     dumps: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # number -> group, sequence number, clock
     places: dict[int, int] = field(default_factory=dict)  # of checkpoints and dumps, by number
-    saved: dict[int, int] = field(default_factory=dict)  # group -> place of the operation after which it must exist
-    opened: dict[int, int] = field(default_factory=dict)  # group -> place of the operation that opened it
+    # (place, group): the operations that opened a group; after which it must exist; that dropped it
+    opened: list[tuple[int, int]] = field(default_factory=list)
+    saved: list[tuple[int, int]] = field(default_factory=list)
+    dropped: list[tuple[int, int]] = field(default_factory=list)
 
     def sequence(self, place: int) -> int:
         """After the operation at this place; -1: before the first."""
@@ -166,9 +168,17 @@ class Expected:
     def last_durable(self, operations: list[Operation], done: int, durable: bool) -> int:
         """The sequence number that survives power loss once the operations up to place `done` have returned."""
         for place in range(done, -1, -1):
-            if durable or operations[place].verb in ("commit", "reopen"):
+            if durable or operations[place].verb in ("commit", "reopen", "drop_group"):
                 return self.sequences[place]
         return self.sequence_before
+
+    def groups(self, before: Iterable[int], done: int, issued: int) -> set[int]:
+        """Those that must exist."""
+        return _exist(before, self.saved, done, self.dropped, issued)
+
+    def groups_at_the_end(self, before: Iterable[int]) -> set[int]:
+        last = len(self.sequences)
+        return _exist(before, self.opened, last, self.dropped, last)
 
     def moments(
         self, oracle: Oracle, operations: list[Operation], done: int, issued: int, before: Moment
@@ -179,26 +189,41 @@ class Expected:
         for place, operation in enumerate(operations[: issued + 1]):
             if operation.verb not in ("commit", "reopen"):
                 continue
-            groups = before.groups | {group for group, opened in self.opened.items() if opened < place}
+            groups = _exist(before.groups, self.opened, place - 1, self.dropped, place - 1)
             moment = oracle.moment_at(self.sequences[place], groups)
             moments = [moment] if place <= done else [*moments, moment]
         return moments
 
 
+def _exist(
+    before: Iterable[int], made: list[tuple[int, int]], made_until: int, dropped: list[tuple[int, int]], until: int
+) -> set[int]:
+    changes = [(place, True, group) for place, group in made if place <= made_until]
+    changes += [(place, False, group) for place, group in dropped if place <= until]
+    groups = set(before)
+    for _, there, group in sorted(changes):
+        groups.add(group) if there else groups.discard(group)
+    return groups
+
+
 def expect(oracle: Oracle, operations: list[Operation], told: Told | None = None) -> Expected:
     """Does the operations in the oracle, and compares the answers of those that were done."""
     expected = Expected(oracle.sequence, oracle.now)
+    open_groups: set[int] = set()
     for place, operation in enumerate(operations):
         before = oracle.sequence
         answer = oracle.perform(operation)
         expected.sequences.append(oracle.sequence)
         expected.times.append(oracle.now)
-        if operation.group >= 0:
-            expected.opened.setdefault(operation.group, place)
+        if operation.verb == "drop_group":
+            open_groups.discard(operation.group)
+            expected.dropped.append((place, operation.group))
+        elif operation.group >= 0:
+            open_groups.add(operation.group)
+            expected.opened.append((place, operation.group))
         # A group is saved by the first operation after its opening that writes a record, or that reads one moment.
         if oracle.sequence > before or operation.verb in ("scan", "dump", "checkpoint", "verify", "reopen"):
-            for group in expected.opened:
-                expected.saved.setdefault(group, place)
+            expected.saved += [(place, group) for group in open_groups]
         if operation.verb == "checkpoint":
             expected.checkpoints[operation.number] = oracle.sequence
             expected.places[operation.number] = place

@@ -39,9 +39,11 @@ class Trainee:
             self.storage = de.Storage(base / "table.damo", **options)
         else:
             self.storage = de.Storage.restore(checkpoint, base / "table.damo", **options)
+        if shape.start != START:
+            self.storage.now = shape.start - 1  # it was the wall clock, which is ahead; now that of the last operation
         # Before anybody sets it; the wall clock if there was no operation yet.
-        self.clock = self.storage.now if self.storage.now >= START else 0
-        self.now = START
+        self.clock = self.storage.now if self.storage.now >= shape.start else 0
+        self.now = shape.start
         self.embeddings: dict[int, de.Embedding] = {}
 
     def embedding(self, number: int) -> de.Embedding:
@@ -52,9 +54,19 @@ class Trainee:
 
     def reopen(self) -> None:
         self.storage.close()
-        self.storage = de.Storage(self.base / "table.damo", **self.options)
-        self.storage.now = self.now
+        storage = de.Storage(self.base / "table.damo", **self.options)
+        storage.now = self.now
+        self.storage = storage  # only now: another thread may dump it
         self.embeddings = {}
+
+    def drop(self, number: int) -> None:
+        dropped = self.embedding(number)
+        del self.embeddings[number]  # before: another thread has no more use for it then
+        try:
+            self.storage.drop_group(number)
+        except Exception:
+            self.embeddings[number] = dropped
+            raise
 
     def perform(self, operation: Operation) -> Any:
         """The call; what it returns, in a form that is compared with digest()."""
@@ -67,6 +79,8 @@ class Trainee:
             return None
         if verb == "reopen":
             return self.reopen()
+        if verb == "drop_group":
+            return self.drop(operation.group)
         if verb == "checkpoint":
             return self.storage.checkpoint(self.base / "checkpoints" / str(operation.number), step=operation.number)
         if verb in ("expire", "compact"):
@@ -90,6 +104,12 @@ class Trainee:
         elif verb != "open_group":
             return getattr(embedding, verb)(operation.keys)
         return None
+
+
+def sequence_of(storage: de.Storage) -> int:
+    """The number of the last operation, counting drops of groups, which have none in the log."""
+    stats = storage.stats()
+    return int(stats["sequence"]) + storage._core.tables_made - len(stats["groups"])
 
 
 def digest(answer: Any) -> bytes:
@@ -143,7 +163,7 @@ def open_storage(
 ) -> int:
     """Returns the sequence number it has."""
     served.trainee = Trainee(base, SHAPES[shape], options, checkpoint)  # type: ignore[attr-defined]
-    return int(trainee_of(served).storage.stats()["sequence"])
+    return sequence_of(trainee_of(served).storage)
 
 
 def try_to_open(served: Served, *args: Any) -> tuple[str, str] | None:
@@ -178,7 +198,7 @@ def look(served: Served, inspect: int = 5) -> Found:
     """All that the storage holds. Groups that do not exist are not made."""
     trainee = trainee_of(served)
     storage = trainee.storage
-    stats = storage.stats()
+    sequence, stats = sequence_of(storage), storage.stats()
     groups = set(storage.groups())
     numbers = Numbers({}, {}, trainee.clock, storage.last_commit)
     rows, inspected, filters = {}, {}, {}
@@ -207,7 +227,7 @@ def look(served: Served, inspect: int = 5) -> Found:
             info = embedding.inspect(key)
             assert info is not None, f"group {number}: the row {key} was in the scan, and is not there"
             inspected[number, key] = (info.sequence, info.step)
-    return Found(stats["sequence"], groups, numbers, rows, inspected, stats, filters)
+    return Found(sequence, groups, numbers, rows, inspected, stats, filters)
 
 
 def entries_of(optimizer: de.Optimizer) -> list[str]:
@@ -304,7 +324,9 @@ def go_on(served: Served) -> None:
 
 
 def synced_sequence(served: Served) -> int:
-    return int(trainee_of(served).storage.stats()["synced_sequence"])
+    storage = trainee_of(served).storage
+    stats = storage.stats()
+    return sequence_of(storage) - int(stats["sequence"]) + int(stats["synced_sequence"])
 
 
 def train(
@@ -336,7 +358,7 @@ def train(
         except Exception as error:
             sequence = -1
             with pausing(faults), suppress(de.ClosedError):
-                sequence = trainee.storage.stats()["sequence"]
+                sequence = sequence_of(trainee.storage)
             served.connection.send(("raised", place, type(error).__name__, str(error), sequence))
             if sequence < 0 or not after_errors:
                 break
@@ -371,8 +393,12 @@ def _beside(trainee: Trainee, what: str, stop: threading.Event, trouble: list[Ba
     try:
         while not stop.is_set():
             for embedding in list(trainee.embeddings.values()):
-                for _ in actions[what](embedding):
-                    pass
+                try:
+                    for _ in actions[what](embedding):
+                        pass
+                except ValueError:  # it was dropped
+                    if embedding in trainee.embeddings.values():
+                        raise
     except de.ClosedError:
         pass  # it is being reopened
     except BaseException as error:
@@ -392,7 +418,7 @@ def _dump_beside(trainee: Trainee, number: int) -> tuple[()]:
 
     def wait(done: int, total: int) -> None:
         del done, total
-        until[:] = until or [int(trainee.storage.stats()["sequence"]), trainee.now]
+        until[:] = until or [sequence_of(trainee.storage), trainee.now]
         time.sleep(0.01)
 
     trainee.storage.dump(path, progress=wait)

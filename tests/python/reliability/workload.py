@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from reliability.oracle import Operation
 from storage_server import Group
 
 START = 2**40  # ahead of any wall clock: time is the workload's
+# Of a replay: behind the wall clock, and so near that this is believed. The same in the processes that this one starts.
+REPLAY_START = int(os.environ.setdefault("DAMO_REPLAY_START", str(int(time.time()) - 60 * 86_400)))
 DURABILITIES = ("commit", "logged", "durable")
 
 
@@ -26,6 +30,7 @@ class Shape:
     batch: int  # keys of a call, at most
     log_bytes: tuple[str, ...]
     memory: tuple[str, ...] = ("16MiB", "16MiB", "20MiB")
+    start: int = START  # the time when it begins
 
     @property
     def first_groups(self) -> tuple[Group, ...]:
@@ -95,12 +100,15 @@ LARGE = Shape(
     log_bytes=("256MiB",),
     memory=("192MiB",),
 )
-SHAPES = {shape.name: shape for shape in (SMALL, TIGHT, LARGE)}
+# Events of last month: each opening is at the wall clock, where most rows have expired, until the time is set.
+REPLAY = replace(SMALL, name="replay", start=REPLAY_START)
+SHAPES = {shape.name: shape for shape in (SMALL, TIGHT, LARGE, REPLAY)}
 
 
-def draw_shape(random: np.random.Generator, tight: float = 0.2, large: float = 0.0) -> Shape:
-    drawn = random.random()
-    return TIGHT if drawn < tight else LARGE if drawn >= 1 - large else SMALL
+def draw_shape(random: np.random.Generator, tight: float = 0.2, large: float = 0.0, replay: float = 0.15) -> Shape:
+    shares = {TIGHT.name: tight, LARGE.name: large, REPLAY.name: replay}
+    shares[SMALL.name] = 1 - sum(shares.values())
+    return SHAPES[str(random.choice(list(shares), p=list(shares.values())))]
 
 
 def draw_options(random: np.random.Generator, shape: Shape) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def draw_options(random: np.random.Generator, shape: Shape) -> dict[str, Any]:
 _VERBS = {
     "apply_gradients": 44, "lookup": 16, "import_rows": 3, "erase": 8, "commit": 7, "set_now": 4, "lookup_only": 4,
     "contains": 2, "prefetch": 2, "scan": 2, "dump": 2, "checkpoint": 4, "reopen": 2, "open_group": 2, "expire": 2,
-    "compact": 1, "verify": 1,
+    "compact": 1, "verify": 1, "drop_group": 1,
 }  # fmt: skip
 
 
@@ -128,13 +136,13 @@ class Workload:
         self.random = np.random.default_rng(seed)
         self.shape = shape
         self._pools = {group.group: shape.keys_of(group.group) for group in shape.groups}
-        self._now = START
+        self._now = shape.start
         self._number = first_number
         self._open = list(shape.first_groups)
 
     def fill(self) -> list[Operation]:
         """A row for each key, for the shapes that are about many bytes."""
-        if self.shape is SMALL:
+        if self.shape.name in (SMALL.name, REPLAY.name):
             return []
         step = 3 * self.shape.batch
         filled = [
