@@ -139,7 +139,9 @@ class CallFails(ServedSuite):
             (moment,) = expected.moments(oracle, operations, told.done, told.issued, before)
             left = moment.sequence
         oracle = oracle.from_here(left)
-        scenario = Scenario(shape, base, oracle, workload.draw(25), options, {})
+        operations = workload.draw(25)
+        operations.insert(int(random.integers(5, 20)), Operation("drop_group", shape.groups[number % 3].group))
+        scenario = Scenario(shape, base, oracle, operations, options, {})
         # Once without a failure, to count the calls. A failure that never comes counts memory, too.
         with scratch() as directory:
             shutil.copytree(base, directory / "base")
