@@ -42,6 +42,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <set>
 #include <shared_mutex>
@@ -777,45 +778,79 @@ rocksdb::Status allow_deletions(rocksdb::DB& db) {
 #endif
 }
 
+uint32_t crc32c_of(const rocksdb::FileStorageInfo& table) {
+  uint32_t crc = 0;
+  for (const char byte : table.file_checksum) crc = crc << 8 | static_cast<uint8_t>(byte);
+  return crc;
+}
+
+// What a store is at one moment. Not GetLiveFilesStorageInfo, which asks for the write-ahead logs, and may wait for
+// ever there when an iterator is let go of meanwhile (facebook/rocksdb#14069, in RocksDB 7 to 10).
+struct LiveFiles {
+  std::vector<rocksdb::LiveFileMetaData> tables;
+  std::vector<std::string> others;  // CURRENT, the manifest, the options
+  std::string manifest;
+  uint64_t manifest_bytes = 0;  // of those that count; it grows on
+};
+
+// While deletions are off.
+LiveFiles live_files_of(rocksdb::DB& db, const std::function<void(const rocksdb::Status&)>& check) {
+  std::map<std::string, rocksdb::LiveFileMetaData> known;
+  for (;;) {
+    std::vector<rocksdb::LiveFileMetaData> tables;
+    db.GetLiveFilesMetaData(&tables);
+    for (rocksdb::LiveFileMetaData& table : tables) known.try_emplace(table.relative_filename, std::move(table));
+    std::vector<std::string> names;
+    LiveFiles live;
+    check(db.GetLiveFiles(names, &live.manifest_bytes, /*flush_memtable=*/false));
+    bool all_known = true;
+    for (std::string& name : names) {
+      name.erase(0, name.find_first_not_of('/'));
+      if (name.starts_with("MANIFEST-")) live.manifest = name;
+      if (!name.ends_with(".sst")) {
+        live.others.push_back(std::move(name));
+      } else if (const auto table = known.find(name); table != known.end()) {
+        live.tables.push_back(table->second);
+      } else {
+        all_known = false;  // made since
+      }
+    }
+    if (all_known) return live;
+  }
+}
+
 std::vector<LinkedFile> RocksdbStore::link_into(const fs::path& directory) {
   const auto lock = engine_->enter("link_into");
   const BlockedSignals blocked;
   rocksdb::DB& db = *engine_->db;
   make_directory(directory);
   const auto copy = [&] {
-    rocksdb::LiveFilesStorageInfoOptions request;
-    request.include_checksum_info = true;
-    request.wal_size_for_flush = UINT64_MAX;  // never flush: the memtable is empty
-    std::vector<rocksdb::LiveFileStorageInfo> live;
-    engine_->check_status("link_into", db.GetLiveFilesStorageInfo(request, &live));
+    // The memtable is empty, and so is the write-ahead log: a copy opens without it.
+    const LiveFiles live =
+        live_files_of(db, [&](const rocksdb::Status& status) { engine_->check_status("link_into", status); });
     std::vector<LinkedFile> files;
-    for (const rocksdb::LiveFileStorageInfo& file : live) {
-      // The write-ahead log, which stays empty. A copy opens without it.
-      if (file.file_type == rocksdb::kWalFile && file.size == 0) continue;
-      const fs::path from = fs::path(file.directory) / file.relative_filename;
-      const fs::path to = directory / file.relative_filename;
-      LinkedFile& linked = files.emplace_back(LinkedFile{file.relative_filename, file.size, 0});
-      if (file.file_type == rocksdb::kTableFile) {
-        // Its bytes are synced: RocksDB takes no table that is not, and a copy of one is. The name is synced with the
-        // directory, once for all: a sync for each of a thousand files would cost a second.
-        link_or_copy(from, to);
-        if (file.file_checksum_func_name != rocksdb::kStandardDbFileChecksumFuncName || file.file_checksum.size() != 4)
-          throw StorageError("[link_into] " + from.string() + ": RocksDB knows no CRC-32C of this table");
-        for (const char byte : file.file_checksum) linked.crc32c = linked.crc32c << 8 | static_cast<uint8_t>(byte);
-        continue;
-      }
-      std::string text = file.replacement_contents;
-      if (text.empty()) {
-        // The manifest is still growing: no link, but a copy of what counts.
+    for (const rocksdb::LiveFileMetaData& table : live.tables) {
+      // Its bytes are synced: RocksDB takes no table that is not, and a copy of one is. The name is synced with the
+      // directory, once for all: a sync for each of a thousand files would cost a second.
+      const fs::path from = fs::path(table.directory) / table.relative_filename;
+      files.push_back({table.relative_filename, table.size, crc32c_of(table)});
+      link_or_copy(from, directory / table.relative_filename);
+      if (table.file_checksum_func_name != rocksdb::kStandardDbFileChecksumFuncName || table.file_checksum.size() != 4)
+        throw StorageError("[link_into] " + from.string() + ": RocksDB knows no CRC-32C of this table");
+    }
+    for (const std::string& name : live.others) {
+      std::string text = live.manifest + "\n";
+      if (name != "CURRENT") {
+        const fs::path from = engine_->settings.directory / name;
         const FileDescriptor in("link_into", from, O_RDONLY);
-        text.resize(file.size);
+        // The manifest is still growing: no link, but a copy of what counts.
+        text.resize(name == live.manifest ? live.manifest_bytes : in.bytes());
         if (in.read_at(std::as_writable_bytes(std::span(text)), 0) != text.size())
-          throw CorruptionError("[link_into] " + from.string() + " is shorter than its " + std::to_string(file.size) +
+          throw CorruptionError("[link_into] " + from.string() + " is shorter than its " + std::to_string(text.size()) +
                                 " bytes");
       }
-      linked.bytes = text.size();
-      linked.crc32c = crc32c(std::as_bytes(std::span(text)));
-      FileDescriptor out("link_into", to, O_WRONLY | O_CREAT | O_EXCL);
+      files.push_back({name, text.size(), crc32c(std::as_bytes(std::span(text)))});
+      FileDescriptor out("link_into", directory / name, O_WRONLY | O_CREAT | O_EXCL);
       out.write(std::as_bytes(std::span(text)));
       if (!planted("checkpoint's manifest not synced")) out.sync();
       out.close();
@@ -868,48 +903,41 @@ std::vector<StoreDamage> RocksdbStore::verify(uint64_t& files, uint64_t& bytes) 
       damages.push_back({file, wrong.what()});
     }
   };
-  const auto verify_table = [&](const rocksdb::FileStorageInfo& file, const fs::path& path) {
-    uint32_t expected = 0;
-    for (const char byte : file.file_checksum) expected = expected << 8 | static_cast<uint8_t>(byte);
+  const auto verify_table = [&](const rocksdb::FileStorageInfo& table, const fs::path& path) {
     const uint64_t size = FileDescriptor("verify", path, O_RDONLY).bytes();
     ++files;
-    bytes += file.size;
-    if (size != file.size)
+    bytes += table.size;
+    if (size != table.size)
       throw CorruptionError("[verify] " + path.string() + " has " + std::to_string(size) + " bytes, expected " +
-                            std::to_string(file.size));
-    if (crc32c_of_file(path) != expected)
+                            std::to_string(table.size));
+    if (crc32c_of_file(path) != crc32c_of(table))
       throw CorruptionError("[verify] " + path.string() + " is damaged: the checksum of its bytes (offset 0 to " +
                             std::to_string(size) + ") does not agree");
   };
-  if (engine_->settings.read_only) {
-    std::vector<rocksdb::LiveFileMetaData> held;
-    db.GetLiveFilesMetaData(&held);
-    for (const rocksdb::LiveFileMetaData& file : held) {
-      const fs::path path = fs::path(file.directory) / file.relative_filename;
+  const auto verify_tables = [&] {
+    std::vector<rocksdb::LiveFileMetaData> tables;
+    db.GetLiveFilesMetaData(&tables);
+    for (const rocksdb::LiveFileMetaData& table : tables) {
+      const fs::path path = fs::path(table.directory) / table.relative_filename;
       attempt(path, [&] {
         try {
-          verify_table(file, path);
+          verify_table(table, path);
         } catch (const MissingFileError&) {
           // Held open, and nobody else's any more: who writes the store has replaced it. Its rows can be read.
+          if (!engine_->settings.read_only) throw;
         }
       });
     }
+  };
+  if (engine_->settings.read_only) {
+    verify_tables();
     return damages;
   }
   engine_->check_status("verify", db.DisableFileDeletions());
   try {
     // Its manifest, as the next open would read it.
     attempt(engine_->settings.directory, [&] { open_read_only(CommitMark::read(engine_->mark_path()).value_or(0)); });
-    rocksdb::LiveFilesStorageInfoOptions request;
-    request.include_checksum_info = true;
-    request.wal_size_for_flush = UINT64_MAX;
-    std::vector<rocksdb::LiveFileStorageInfo> live;
-    engine_->check_status("verify", db.GetLiveFilesStorageInfo(request, &live));
-    for (const rocksdb::LiveFileStorageInfo& file : live) {
-      if (file.file_type != rocksdb::kTableFile) continue;
-      const fs::path path = fs::path(file.directory) / file.relative_filename;
-      attempt(path, [&] { verify_table(file, path); });
-    }
+    verify_tables();
   } catch (...) {
     allow_deletions(db);
     throw;
