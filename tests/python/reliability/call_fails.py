@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from reference import ReferenceTable
+from reference_filter import AdmittedTable
 from reliability import faults, trainee
 from reliability.oracle import Moment, Operation, Oracle
 from reliability.suite import (
@@ -171,6 +173,7 @@ class CallFails(ServedSuite):
         made: list[Kept] = []
         moments = [oracle.moment()] if scenario.in_mode_commit else None
         raised: list[Any] = []
+        drops: list[Operation] = []
         session = self.server.session()
         try:
             ask(session, trainee.watch, base)
@@ -184,6 +187,8 @@ class CallFails(ServedSuite):
                     session.start("call", trainee.train, scenario.operations, oracle.now, after_errors=True)
                     told = listen(session)
                     raised = [(scenario.operations[place].verb, *error) for place, error in told.raised.items()]
+                    tried = [scenario.operations[place] for place in told.raised]
+                    drops = [operation for operation in tried if operation.verb == "drop_group"]
                     alive = follow(
                         told,
                         scenario.operations,
@@ -212,7 +217,7 @@ class CallFails(ServedSuite):
                     raise AssertionError(f"the process died in {died}") from died
                 hit = "allocate, which ended the process"
             session.kill()
-            self._reopen(random, base, scenario, oracle, made, moments)
+            self._reopen(random, base, scenario, oracle, made, moments, drops)
         except AssertionError as wrong:
             wrong.add_note(f"raised: {raised[:3]}")
             raise
@@ -229,13 +234,17 @@ class CallFails(ServedSuite):
         oracle: Oracle,
         made: list[Kept],
         moments: list[Moment] | None,
+        drops: list[Operation],
     ) -> None:
+        """`drops`: those that raised."""
         session = self.server.session()
         try:
             found = ask(session, trainee.recover, base, scenario.shape.name, draw_options(random, scenario.shape))
-            if oracle.may_be_dropped is not None:
-                oracle.perform(oracle.may_be_dropped)
-                oracle.last_may_be_missing = True
+            if oracle.may_be_dropped is not None and found.sequence == oracle.sequence + 1:
+                # One of those that raised is on the disk. A group that was never saved is not there either, and empty.
+                gone = [drop for drop in drops if drop.group not in found.groups]
+                assert gone, f"no group is gone, of {drops}"
+                oracle.perform(max(gone, key=lambda drop: content_of(oracle.tables[drop.group])))
             if moments is not None:
                 oracle.compare_moments(found, moments)
             else:
@@ -246,6 +255,11 @@ class CallFails(ServedSuite):
         if made:
             what = made[int(random.integers(len(made)))]
             check_kept(self.server, what, scenario.shape, scenario.options, oracle)
+
+
+def content_of(table: ReferenceTable) -> tuple[int, ...]:
+    """What there is of it: nothing of one that has no record."""
+    return len(table.rows), table.step, table.filter.adds if isinstance(table, AdmittedTable) else 0
 
 
 def follow(
