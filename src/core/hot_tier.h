@@ -98,6 +98,7 @@ class HotTier {
   // Slabs are numbered 0..num_slabs(). Calls visit(slot, row) for each allocated slot of a slab.
   size_t num_slabs() const noexcept { return slabs_.size(); }
   size_t slab_slot_bytes(size_t slab) const noexcept { return slabs_[slab].slot_bytes; }  // 0: a free slab
+  // May take out and free the row that it is shown.
   template <class Visit>
   void for_each_row(size_t slab, Visit&& visit) const {
     const Slab& s = slabs_[slab];

@@ -498,6 +498,7 @@ void Storage::drop_group(uint32_t group) {
   const uint32_t table_id = tables_[group]->spec().table_id;
   Manifest wanted = manifest_;
   std::erase_if(wanted.tables, [&](const TableSpec& spec) { return spec.table_id == table_id; });
+  dropped_.reserve(dropped_.size() + 1);  // nothing after the manifest may fail
   // What was done before the drop is not to be lost without it: rows may have been copied out of the group.
   if (logs_ && !planted("drop before the log is synced")) log_->sync();
   // Redo passes over records of a table that the manifest does not know any more.

@@ -603,17 +603,15 @@ void Tiers::erase(std::span<const uint32_t> rows, const Prepared& prepared, uint
   keep_displaced(std::move(displaced));
 }
 
-void Tiers::discard(uint32_t table_id) {
-  std::vector<Slot> slots;
+void Tiers::discard(uint32_t table_id) noexcept {
   for (size_t slab = 0; slab < hot_.num_slabs(); ++slab) {
     const std::lock_guard lock(structure_);
     if (hot_.slab_slot_bytes(slab) == 0) continue;
     ++epoch_;
-    slots.clear();
+    // Each as it is visited: a list of them would ask for memory.
     hot_.for_each_row(slab, [&](Slot slot, const HotRow* row) {
-      if (!row->has(HotRow::kPending) && row->table_id == table_id) slots.push_back(slot);
+      if (!row->has(HotRow::kPending) && row->table_id == table_id) remove_row(slot);
     });
-    for (const Slot slot : slots) remove_row(slot);
   }
   slots_freed_.notify_all();
 }

@@ -150,7 +150,7 @@ class Tiers {
 
   // Takes all rows of a table out of memory, written or not. No cut is open: the write lock is held, and so is the
   // order lock.
-  void discard(uint32_t table_id);
+  void discard(uint32_t table_id) noexcept;
 
   // Blocks the caller while an open cut has more old rows aside than its memory. Before an operation, no lock held.
   void wait_for_cut_memory();

@@ -78,3 +78,32 @@ def open_a_group_again_after_a_memory_error(served: Served, path: Path, nth: int
     storage.commit(1)
     storage.close()
     return hit != ""
+
+
+def drop_while_memory_ends(served: Served, path: Path, nth: int) -> bool:
+    """It is dropped, or it raises and the group is as before. Whether the nth allocation was reached."""
+    storage = de.Storage(path, memory="16MiB")
+    embedding, other = make(storage, 3), make(storage, 5)
+    step(embedding)
+    step(other)
+    dropped = goes_on = True
+    trainee.arm(served, faults.FAIL, "allocate", "", nth, errno.ENOMEM)
+    try:
+        storage.drop_group(3)
+    except MemoryError:
+        dropped = False
+    except de.StorageError:  # the log could not be synced, and takes nothing more
+        dropped = goes_on = False
+    hit = trainee.disarm(served)[0]
+    assert (3 not in storage.groups()) == dropped, f"dropped: {dropped}, but the groups are {storage.groups()}"
+    if goes_on:
+        if not dropped:
+            step(embedding)
+            assert embedding.step == 2
+        step(other)
+        storage.commit(1)
+    try:
+        storage.close()
+    except de.StorageError:  # of that log
+        assert not goes_on
+    return hit != ""

@@ -82,6 +82,26 @@ def test_a_new_group_that_is_tried_again_after_a_memory_error_opens(server: Fork
     assert 10 < nth < 399
 
 
+def test_a_drop_for_which_memory_ends_drops_nothing(server: ForkServer, tmp_path: Path) -> None:
+    """It raised after the group was gone on the disk, with its rows still in memory."""
+    for nth in range(1, 400):
+        path = tmp_path / str(nth)
+        session = server.session()
+        try:
+            ask(session, trainee.watch, path)
+            hit = ask(session, group_session.drop_while_memory_ends, path, nth)
+        except DiedError:  # nanobind has no answer to it
+            continue
+        finally:
+            session.kill()
+        with de.Storage.open(path, memory="16MiB") as storage:
+            assert 5 in storage.groups()
+        shutil.rmtree(path)
+        if not hit:
+            break
+    assert 10 < nth < 399
+
+
 def test_the_log_is_cut_where_there_is_no_space_for_the_presence_filter(server: ForkServer, path: Path) -> None:
     """It raised instead, and what it had written of that file held the space."""
     session = server.session()
