@@ -130,7 +130,7 @@ def work(name: str, todo: Any, results: Any) -> None:
                 try:
                     suite.case(seed)
                 except Exception:
-                    failure = traceback.format_exc()
+                    failure = traceback.format_exc().replace(f"{ROOT}/", "")
                 results.put((seed, dict(suite.done - before), failure, time.monotonic() - started))
     except SkippedError as missing:
         results.put((None, {}, f"skipped: {missing}", 0.0))
