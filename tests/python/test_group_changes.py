@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,44 +62,39 @@ def test_a_dropped_group_takes_no_operation_before_it_along_when_the_power_goes(
     storage.close()
 
 
-def test_a_new_group_that_is_tried_again_after_a_memory_error_opens(server: ForkServer, tmp_path: Path) -> None:
-    """A second try wrote the group into the manifest twice, which no opening accepts."""
+def after_each_failing_allocation(
+    server: ForkServer, directory: Path, change: Callable[..., bool]
+) -> Iterator[de.Storage]:
+    """The storage as it opens after `change` with its first, second, ... allocation failing, until none does."""
     for nth in range(1, 400):
-        path = tmp_path / str(nth)
+        path = directory / str(nth)
         session = server.session()
         try:
             ask(session, trainee.watch, path)
-            hit = ask(session, group_session.open_a_group_again_after_a_memory_error, path, nth)
+            hit = ask(session, change, path, nth)
         except DiedError:  # nanobind has no answer to it
             continue
         finally:
             session.kill()
         with de.Storage.open(path, memory="16MiB") as storage:
-            assert [group["group"] for group in storage.stats()["groups"]] == [3], f"allocation {nth}"
+            yield storage
         shutil.rmtree(path)
         if not hit:
             break
     assert 10 < nth < 399
+
+
+def test_a_new_group_that_is_tried_again_after_a_memory_error_opens(server: ForkServer, tmp_path: Path) -> None:
+    """A second try wrote the group into the manifest twice, which no opening accepts."""
+    change = group_session.open_a_group_again_after_a_memory_error
+    for storage in after_each_failing_allocation(server, tmp_path, change):
+        assert [group["group"] for group in storage.stats()["groups"]] == [3], storage.path
 
 
 def test_a_drop_for_which_memory_ends_drops_nothing(server: ForkServer, tmp_path: Path) -> None:
     """It raised after the group was gone on the disk, with its rows still in memory."""
-    for nth in range(1, 400):
-        path = tmp_path / str(nth)
-        session = server.session()
-        try:
-            ask(session, trainee.watch, path)
-            hit = ask(session, group_session.drop_while_memory_ends, path, nth)
-        except DiedError:  # nanobind has no answer to it
-            continue
-        finally:
-            session.kill()
-        with de.Storage.open(path, memory="16MiB") as storage:
-            assert 5 in storage.groups()
-        shutil.rmtree(path)
-        if not hit:
-            break
-    assert 10 < nth < 399
+    for storage in after_each_failing_allocation(server, tmp_path, group_session.drop_while_memory_ends):
+        assert 5 in storage.groups(), storage.path
 
 
 def test_the_log_is_cut_where_there_is_no_space_for_the_presence_filter(server: ForkServer, path: Path) -> None:
