@@ -96,9 +96,12 @@ std::unique_lock<std::mutex> Storage::begin_operation() {
     std::unique_lock lock(background_mutex_);
     // The log is cut in the background; twice its bound is where operations wait for that.
     const uint64_t begun_before = cuts_begun_;  // one of these may have found the disk full that has space by now
-    while (!stop_ && (log_full_ || waits_for_disk())) {
-      if (log_full_ && no_space_in_ > begun_before) std::rethrow_exception(no_space_);
-      if (log_full_ && !std::exchange(space_wanted_, true)) background_wake_.notify_all();
+    for (;;) {
+      const bool full = log_waits_for_cut(2 * log_limit_);
+      if (stop_ || !(full || waits_for_disk())) break;
+      check_writable();  // or nobody cuts it any more
+      if (full && no_space_in_ > begun_before) std::rethrow_exception(no_space_);
+      if (full && !std::exchange(space_wanted_, true)) background_wake_.notify_all();
       log_shrunk_.wait_for(lock, kLookAgain);
     }
   }
@@ -123,10 +126,13 @@ uint64_t Storage::append(RecordType type, std::span<const Bytes> parts) {
   const uint64_t sequence = log_->append(type, parts);
   if (log_->bytes() > log_limit_) {
     const std::lock_guard lock(background_mutex_);
-    log_full_ = log_->bytes() > 2 * log_limit_;
     background_wake_.notify_all();
   }
   return sequence;
+}
+
+bool Storage::log_waits_for_cut(uint64_t limit) const {
+  return log_->bytes() > limit && log_->last_sequence() > cut_at_;
 }
 
 void Storage::after_operation(uint64_t sequence) {
@@ -658,12 +664,11 @@ void Storage::maintenance_loop() {
     }
   }
   std::unique_lock lock(background_mutex_);
-  uint64_t cut_at = 0;  // the last record a cut has seen: without a newer one, another cut would gain nothing
   while (true) {
-    background_wake_.wait(lock,
-                          [&] { return stop_ || (log_->bytes() > log_limit_ && log_->last_sequence() > cut_at); });
+    background_wake_.wait(lock, [this] { return stop_ || log_waits_for_cut(log_limit_); });
     if (stop_) return;
     const uint64_t cut = ++cuts_begun_;
+    uint64_t cut_at = cut_at_;
     lock.unlock();
     bool failed = false;
     std::exception_ptr no_space;
@@ -679,7 +684,7 @@ void Storage::maintenance_loop() {
     lock.lock();
     no_space_ = no_space;
     if (no_space) no_space_in_ = cut;
-    log_full_ = no_space && log_->bytes() > 2 * log_limit_;
+    cut_at_ = cut_at;
     space_wanted_ = false;
     log_shrunk_.notify_all();
     if (no_space) background_wake_.wait_for(lock, kLookForSpace, [this] { return stop_ || space_wanted_; });

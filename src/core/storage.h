@@ -296,6 +296,9 @@ class Storage {
 
   // A cut, after which the log below it is not needed any more. Returns its sequence number.
   uint64_t cut_log();
+  // Whether the log is longer than `limit` bytes, and a cut would gain something. Background lock. Asked anew each
+  // time, not kept: others cut the log, too.
+  bool log_waits_for_cut(uint64_t limit) const;
 
   // Mode commit: what a crash goes back to; recovery_point.cc.
   struct RecoveryPoint {
@@ -374,8 +377,8 @@ class Storage {
   std::condition_variable& background_wake_ = signals_->wake;
   std::condition_variable& log_shrunk_ = signals_->log_shrunk;
   bool stop_ = false;
-  std::atomic<bool> stopping_{false};  // the same, for who holds no lock
-  bool log_full_ = false;
+  std::atomic<bool> stopping_{false};          // the same, for who holds no lock
+  uint64_t cut_at_ = 0;                        // the last record that the maintenance thread's last cut has seen
   std::exception_ptr no_space_;                // why the log could not be cut, while the disk is full
   uint64_t cuts_begun_ = 0, no_space_in_ = 0;  // the last of them that met a full disk
   bool space_wanted_ = false;                  // an operation waits for the next attempt

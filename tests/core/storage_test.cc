@@ -762,6 +762,34 @@ TEST_CASE("storage: a small log_bytes bounds the log, and operations wait for th
   CHECK(storage->table(spec_of(0, 16, "sgd")).step() == 60);
 }
 
+TEST_CASE("storage: an operation does not wait for a log to be cut that compact() has cut already") {
+  const TemporaryDirectory directory;
+  {
+    const auto storage = open(directory / "s");
+    std::vector<uint64_t> keys(200000);
+    std::iota(keys.begin(), keys.end(), 0);
+    lookup(storage->table(spec_of(0, 4)), keys, true);
+  }
+  {
+    const auto storage = open(directory / "s");
+    const StepBatch batch(0, 2000, 1000000, 128);
+    storage->table(spec_of(1, 128, "sgd")).apply_gradients(batch.keys, batch.gradients.data(), std::nullopt);
+    copy_as_killed(directory / "s", directory / "killed");
+  }
+  std::vector<fs::path> presence;
+  for (const auto& entry : fs::recursive_directory_iterator(directory / "killed"))
+    if (entry.path().filename() == "presence") presence.push_back(entry.path());
+  REQUIRE(presence.size() == 1);
+  fs::remove(presence[0]);
+  // The thread that cuts a full log has the filter of keys to build first.
+  const auto storage = open(directory / "killed", small_options(64 << 10));
+  Table& table = storage->table(spec_of(0, 4));
+  REQUIRE(storage->stats().log_bytes > 128 << 10);
+  storage->compact();
+  lookup(table, {200000}, true);
+  CHECK(table.size() == 200001);
+}
+
 TEST_CASE("storage: a log bound below the log's own head makes no endless cuts") {
   const TemporaryDirectory directory;
   const auto storage = open(directory / "s", small_options(1));
