@@ -118,7 +118,7 @@ def main() -> int:
     last = {defect: found["noticed_by"] for defect, found in entry.get("defects", {}).items()}
     if entry.get("code") != what:
         entry = {"code": what, "defects": {}}
-    entry["commit"] = commit
+    entry |= {"commit": commit, "known": len(known)}
     todo = arguments.defects or [defect for defect in known if not entry["defects"].get(defect, {}).get("noticed_by")]
 
     def look(defect: str) -> tuple[str, dict[str, Any]]:

@@ -227,8 +227,8 @@ def page(record: dict[str, Any]) -> str:
             "",
             "## Defects that were planted",
             "",
-            f"Of {len(found)} ways to lose or mix rows that `scripts/plant` builds into the core, "
-            f"{sum(noticed.values())} were noticed ({by_suite}), on `{planted['commit']}`. "
+            f"`scripts/plant` builds {planted['known']} ways to lose or mix rows into the core. Of {len(found)} that "
+            f"the suites have looked for, {sum(noticed.values())} were noticed ({by_suite}), on `{planted['commit']}`. "
             f"Not noticed: {survivors or 'none'}.",
         ]
     lines += [
