@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,18 @@ def run_test(defect: str) -> str:
     return failed[0] if failed else ""
 
 
-def noticed(defect: str, seconds: float, last: str = "") -> tuple[str, str]:
+def noticed(defect: str, suites: Sequence[str], first: int, seconds: float, last: str = "") -> tuple[str, str]:
     """The suite (or the test) that noticed it, and what it said. Begins with the suite that noticed it last time."""
     if defect in TESTS and (said := run_test(defect)):
         return TESTS[defect], said
-    share = seconds / len(ORDER)
-    tries = [(last, share)] if last in ORDER else []
-    tries += [(name, share / 8) for name in ORDER]
-    tries += [(name, share) for name in ORDER if name != last]
+    share = seconds / len(suites)
+    tries = [(last, share)] if last in suites else []
+    tries += [(name, share / 8) for name in suites]
+    tries += [(name, share) for name in suites if name != last]
     for name, time_of_suite in tries:
-        if said := run(defect, name, time_of_suite):
+        if said := run(defect, name, time_of_suite, first):
             seed = re.match(r"seed (\d+): ", said)
-            if without := run("none", name, 1e-3 if seed else time_of_suite, int(seed[1]) if seed else 0):
+            if without := run("none", name, 1e-3 if seed else time_of_suite, int(seed[1]) if seed else first):
                 raise SystemExit(f"{name} fails without a defect, too: {without}")
             return name, said
     return "", ""
@@ -104,8 +105,9 @@ def main() -> int:
     parser.add_argument("defects", nargs="*", help="these only; none: all that no suite has noticed yet")
     parser.add_argument("--seconds", type=float, default=240.0, help="for each defect, shared by the suites")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="defects beside each other")
+    parser.add_argument("--in", dest="suites", nargs="+", choices=ORDER, default=ORDER, help="these suites only")
+    parser.add_argument("--seed", type=int, default=0, help="the first of each suite")
     parser.add_argument("--suite", help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.suite:
         print(notice(arguments.suite, arguments.seconds, arguments.seed), end="")
@@ -123,7 +125,7 @@ def main() -> int:
 
     def look(defect: str) -> tuple[str, dict[str, Any]]:
         started = time.monotonic()
-        suite, said = noticed(defect, arguments.seconds, last.get(defect, ""))
+        suite, said = noticed(defect, arguments.suites, arguments.seed, arguments.seconds, last.get(defect, ""))
         return defect, {"noticed_by": suite, "what": said[:300], "seconds": round(time.monotonic() - started, 1)}
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
