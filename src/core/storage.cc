@@ -241,7 +241,7 @@ void Storage::open_generation(const fs::path& generation) {
       .segment_bytes = std::clamp<uint64_t>(log_limit_ / 8, size_t{128} << 10, size_t{256} << 20)};
   // Rows redone may be evicted at once, so what is redone must not be lost afterwards: sync it before reading it.
   for (const fs::path& segment : list_directory("open", log_directory)) fsync_file(segment);
-  log_ = OperationLog::recover(
+  auto log = OperationLog::recover(
       log_options,
       [&](uint64_t first_sequence, std::string_view state) {
         // What reached the cold tier after the filter was saved is in the log, and passes through memory again.
@@ -259,6 +259,10 @@ void Storage::open_generation(const fs::path& generation) {
         let_expire(counters);
       },
       [&](const LogRecord& record) { redo(record); }, manifest_.cut);
+  {
+    const std::lock_guard write(tiers_->write_mutex());  // an eviction of what was redone may be looking at it
+    log_ = std::move(log);
+  }
   remove_old_filters();
   settle_lifetimes();
   if (options_.durability == Durability::kCommit) begin_recovery_points();
