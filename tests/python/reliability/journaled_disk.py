@@ -12,7 +12,18 @@ import numpy as np
 from reliability import trainee
 from reliability.mounts import Ext4
 from reliability.oracle import Oracle
-from reliability.suite import ServedSuite, ask, check_kept, expect, hear_the_rest, kept, listen, make_base, scratch
+from reliability.suite import (
+    ServedSuite,
+    ask,
+    check_checkpoint_beside,
+    check_kept,
+    expect,
+    hear_the_rest,
+    kept,
+    listen,
+    make_base,
+    scratch,
+)
 from reliability.workload import DURABILITIES, Workload, draw_options, draw_shape
 
 ROUNDS = 3
@@ -78,7 +89,10 @@ class JournaledDisk(ServedSuite):
                     if number == ROUNDS:
                         break
                     operations = (workload.fill() if number == 0 else []) + workload.draw(int(random.integers(5, 50)))
-                    session.start("call", trainee.train, operations, oracle.now)
+                    # Checkpoints from another thread: a sync of the log takes its time here, and more comes meanwhile.
+                    began = time.time()
+                    beside = str(random.choice(["", "", "checkpoint"]))
+                    session.start("call", trainee.train, operations, oracle.now, beside)
                     if random.random() < 0.3:
                         time.sleep(float(random.exponential(0.02)))
                         self.disk.sync()  # as the kernel does now and then
@@ -96,6 +110,13 @@ class JournaledDisk(ServedSuite):
                 high = expected.sequence(told.issued)
                 groups = expected.groups(groups, told.done, told.issued)
                 made = kept(base, expected, told.done)
+                for path in sorted((base / "beside").glob("*")):
+                    # Else it was not whole yet, or is being removed, or is of a round before and its rename was lost.
+                    if path.name.isdecimal() and path.stat().st_mtime > began:
+                        check_checkpoint_beside(self.server, path, shape, options, oracle, expected)
+                        self.done["made beside a training, compared"] += 1
+                if (base / "beside").exists():
+                    (base / "beside").rename(base / f"beside-{number}")
                 self.done["power losses"] += 1
                 self.done[f"mode {durability}"] += 1
         finally:

@@ -59,8 +59,9 @@ SMALL = Shape(
     (
         Group(0, de.SGD(lr=0.1, weight_decay=0.01), de.Uniform(-1.0, 1.0), dimension=3, seed=1),
         Group(7, de.Adagrad(lr=0.1), de.Normal(0.0, 0.5), dimension=16, seed=2, ttl=40 * HOURS),
-        # Of more than one chunk, in which a cut saves it, and often halved.
-        Group(90, de.RMSprop(lr=0.01), de.Ones(), dimension=5, admission=_filter(20_000, 2, 40), ttl=de.Steps(9)),
+        # Of more than one chunk, in which a cut saves it, and so often halved that the key which halves it now and then
+        # is the first since the cut began.
+        Group(90, de.RMSprop(lr=0.01), de.Ones(), dimension=5, admission=_filter(20_000, 2, 10), ttl=de.Steps(9)),
         Group(200, de.Adam(lr=0.1), de.TruncatedNormal(0.0, 1.0), dimension=33, seed=3),
         Group(
             255,
