@@ -29,6 +29,8 @@ void bind_errors(nb::module_&) {
   nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
     try {
       std::rethrow_exception(pointer);
+    } catch (const damo::NewerVersionError& error) {
+      raise("NewerVersionError", error);
     } catch (const damo::CorruptionError& error) {
       raise("CorruptionError", error);
     } catch (const damo::SchemaMismatchError& error) {

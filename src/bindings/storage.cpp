@@ -168,12 +168,13 @@ void bind_storage(nb::module_& m) {
         for (const damo::CheckpointInfo& info : list.complete)
           complete.append(nb::make_tuple(info.path.string(), info.step, info.sequence, info.created,
                                          nb::bytes(info.storage_id.data(), info.storage_id.size())));
-        for (const auto& [path, wrong] : list.damaged) damaged.append(nb::make_tuple(path.string(), wrong));
+        for (const auto& [path, wrong, newer] : list.damaged)
+          damaged.append(nb::make_tuple(path.string(), wrong, newer));
         return nb::make_tuple(complete, damaged);
       },
       "directory"_a,
       nb::sig("def list_checkpoints(directory: str) -> tuple[list[tuple[str, int, int, int, bytes]], list[tuple[str, "
-              "str]]]"));
+              "str, bool]]]"));
   m.def(
       "verify_checkpoint",
       [](const std::string& checkpoint) {
@@ -315,7 +316,7 @@ void bind_storage(nb::module_& m) {
           "items"_a,
           nb::sig(
               "def backward_many(self, items: list[tuple[Table, list[tuple[Batch, object]], float | None]]) -> None"),
-          "One optimizer step per table; of none when a gradient is not finite or a schedule gives no rate.")
+          "One optimizer step of each table, all of them or none.")
       .def(
           "commit",
           [](Storage& storage, int64_t step, const nb::bytes& extra) {

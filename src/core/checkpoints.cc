@@ -142,7 +142,7 @@ CheckpointList list_checkpoints(const fs::path& directory) {
     if (!fs::exists(path / "CHECKPOINT", ignored)) {
       // A copy that was cut short, say.
       if (!ignored && fs::exists(path / "MANIFEST", ignored) && fs::exists(path / "rocksdb", ignored))
-        list.damaged.emplace_back(path, path.string() + " has no file CHECKPOINT: it is not complete");
+        list.damaged.push_back({path, path.string() + " has no file CHECKPOINT: it is not complete"});
       continue;
     }
     try {
@@ -150,12 +150,13 @@ CheckpointList list_checkpoints(const fs::path& directory) {
       check_lengths(path, manifest);
       list.complete.push_back({path, manifest.storage_id, manifest.step, manifest.counters.sequence, manifest.created});
     } catch (const Error& wrong) {
-      list.damaged.emplace_back(path, wrong.what());
+      list.damaged.push_back({path, wrong.what(), dynamic_cast<const NewerVersionError*>(&wrong) != nullptr});
     }
   }
   std::sort(list.complete.begin(), list.complete.end(),
             [](const auto& one, const auto& other) { return order_of(one) < order_of(other); });
-  std::sort(list.damaged.begin(), list.damaged.end());
+  std::sort(list.damaged.begin(), list.damaged.end(),
+            [](const auto& one, const auto& other) { return one.path < other.path; });
   return list;
 }
 

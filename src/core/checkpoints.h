@@ -34,7 +34,12 @@ struct CheckpointInfo {
 struct CheckpointList {
   std::vector<CheckpointInfo> complete;  // oldest first
   // What has the looks of a checkpoint and is not complete, with what is wrong. Never touched.
-  std::vector<std::pair<std::filesystem::path, std::string>> damaged;
+  struct Damaged {
+    std::filesystem::path path;
+    std::string wrong;
+    bool newer = false;  // not damaged, but of a newer version
+  };
+  std::vector<Damaged> damaged;
 };
 
 // Reads the file CHECKPOINT of `checkpoint`. StorageError: it is no checkpoint; CorruptionError: damaged.

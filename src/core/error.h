@@ -23,6 +23,12 @@ class CorruptionError : public Error {
   using Error::Error;
 };
 
+// The bytes are right, but of a newer version: nothing to repair, and nothing to go on without.
+class NewerVersionError : public CorruptionError {
+ public:
+  using CorruptionError::CorruptionError;
+};
+
 // The storage holds a group, or the file a filter, of other settings.
 class SchemaMismatchError : public Error {
  public:

@@ -72,9 +72,9 @@ ByteReader unseal(std::string_view magic, Bytes bytes, const std::string& source
   std::memcpy(&checksum, bytes.data() + bytes.size() - 8, 8);
   if (checksum != checksum64(bytes.first(bytes.size() - 8))) reader.corrupt("its checksum does not agree");
   if (version == 0 || version > known)
-    throw CorruptionError("[open] " + source + " has format " + std::to_string(version) +
-                          ", written by a newer version; this one reads up to " + std::to_string(known) +
-                          ": upgrade damo-embedding");
+    throw NewerVersionError("[open] " + source + " has format " + std::to_string(version) +
+                            ", written by a newer version; this one reads up to " + std::to_string(known) +
+                            ": upgrade damo-embedding");
   return {bytes.subspan(magic.size() + 4, bytes.size() - magic.size() - 12), source, magic.size() + 4};
 }
 
@@ -188,9 +188,9 @@ void check_settings_are_known(const Manifest& manifest, const std::string& sourc
     try {
       const TableShape known(table);
     } catch (const std::invalid_argument& unknown) {
-      throw CorruptionError("[open] " + source + ": " + table.label() +
-                            " has settings that this version does not know (" + unknown.what() +
-                            "): upgrade damo-embedding");
+      throw NewerVersionError("[open] " + source + ": " + table.label() +
+                              " has settings that this version does not know (" + unknown.what() +
+                              "): upgrade damo-embedding");
     }
   }
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from damo_embedding import _core
-from damo_embedding.errors import CorruptionError, StorageError
+from damo_embedding.errors import CorruptionError, NewerVersionError, StorageError
 
 __all__ = ["Checkpoint"]
 
@@ -37,8 +37,8 @@ class Checkpoint:
         return Checkpoint(os.path.abspath(path), None if step < 0 else step, sequence, created, storage_id)
 
 
-def list_checkpoints(directory: str) -> tuple[list[Checkpoint], list[tuple[str, str]]]:
-    """The complete ones, oldest first; and what only looks like one, with what is wrong."""
+def list_checkpoints(directory: str) -> tuple[list[Checkpoint], list[tuple[str, str, bool]]]:
+    """The complete ones, oldest first; and what cannot be used, with what is wrong, and whether a newer version is."""
     complete, damaged = _core.list_checkpoints(directory)
     return [Checkpoint._of(path, about) for path, *about in complete], damaged
 
@@ -63,13 +63,18 @@ def newest_first(operation: str, place: str, stacklevel: int = 4) -> Iterator[Ch
     """The complete checkpoints at `place`, a directory of them or one itself, newest first. Warns of the others.
 
     Nothing for a directory that is absent or has none. Raises CorruptionError when nobody took what there is, so ask
-    for the next one only if the last is no good.
+    for the next one only if the last is no good. One of a newer version, which may be the newest, is not passed over:
+    NewerVersionError.
     """
     if os.path.lexists(os.path.join(place, "CHECKPOINT")):
         yield read_checkpoint(place)
         raise CorruptionError(f"[{operation}] the checkpoint {place} is not whole: give another one")
     complete, damaged = list_checkpoints(place)
-    for _, wrong in damaged:
+    for path, wrong, newer in damaged:
+        if newer:
+            raise NewerVersionError(
+                f"[{operation}] {wrong}. Nothing was changed: to go on from an older checkpoint, move {path} away"
+            )
         pass_over(operation, wrong, stacklevel)
     if len({checkpoint._lineage for checkpoint in complete}) > 1:
         first = complete[0]

@@ -4,6 +4,7 @@
 Exception
 └── DamoError
     ├── CorruptionError        bytes on disk are not what was written; names the file and the offset or key
+    │   └── NewerVersionError  a newer version of this package wrote them: upgrade
     ├── SchemaMismatchError    the storage holds a group, or the file a filter, of other settings
     ├── StorageError           the operating system or the cold tier refused: I/O error, disk full, memory
     ├── ReadOnlyError          a change was asked of a storage that is open with read_only=True
@@ -22,6 +23,7 @@ __all__ = [
     "CorruptionError",
     "DamoError",
     "ForkedHandleError",
+    "NewerVersionError",
     "ReadOnlyError",
     "SchemaMismatchError",
     "StorageError",
@@ -34,6 +36,10 @@ class DamoError(Exception):
 
 class CorruptionError(DamoError):
     """Bytes on disk are not what was written."""
+
+
+class NewerVersionError(CorruptionError):
+    """A newer version of this package wrote it: nothing is damaged, and nothing was changed."""
 
 
 class SchemaMismatchError(DamoError):

@@ -25,7 +25,13 @@ from damo_embedding.checkpoints import (
     read_checkpoint,
     verify_checkpoint,
 )
-from damo_embedding.errors import CorruptionError, ForkedHandleError, ReadOnlyError, StorageError
+from damo_embedding.errors import (
+    CorruptionError,
+    ForkedHandleError,
+    NewerVersionError,
+    ReadOnlyError,
+    StorageError,
+)
 from damo_embedding.integers import as_int, parse_int
 from damo_embedding.lifetimes import Ttl, parse_ttl, show_ttl
 from damo_embedding.progress import Progress, reporting
@@ -151,7 +157,7 @@ class Storage:
             from one open to the next.
         threads: Threads of one call; None: one per core. Results do not depend on it.
         log_bytes: The operation log is cut when it is larger than this (bytes, or a text as for `memory`; at
-            least 1 MiB). None: max(1 GiB, 4 x memory), at most an eighth of the free disk.
+            least 1 MiB). None: max(1 GiB, 4 x memory), at most an eighth of the free disk (and at least 64 MiB).
         ttl: How long a row lives after its last update (or its creation): seconds, a text such as "30d" or
             "12h", a timedelta, `Steps(n)`, or "never". For the embeddings that are given none of their own.
             None: as stored, which is "never" at first. Kept to a 262,144th of itself, never cut short; changing it
@@ -443,6 +449,8 @@ class Storage:
 
         Raises:
             CorruptionError: The storage is damaged; or there is none, there are checkpoints, and not one is whole.
+            NewerVersionError: The storage, or a checkpoint, is of a newer version, which is no damage: not
+                replaced, and not passed over.
             AlreadyOpenError: The storage at `path` is open.
             StorageError: `path` is something else than a storage; or the checkpoints are of different storages, of
                 which one is to be chosen by its path.
@@ -469,11 +477,15 @@ class Storage:
             for checkpoint in newest_first(operation, place):
                 try:
                     return cls.restore(checkpoint.path, target, **options)
+                except NewerVersionError:
+                    raise
                 except CorruptionError as wrong:
                     pass_over(operation, wrong, 3)
             return cls(target, **options)
         try:
             return cls.open(target, **options)
+        except NewerVersionError:
+            raise
         except CorruptionError as damage:
             if not replace_damaged:
                 raise CorruptionError(
@@ -484,6 +496,8 @@ class Storage:
             for checkpoint in newest_first(operation, place):
                 try:
                     verify_checkpoint(checkpoint.path)
+                except NewerVersionError:
+                    raise
                 except CorruptionError as wrong:
                     pass_over(operation, wrong, 3)
                     continue

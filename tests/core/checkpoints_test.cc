@@ -87,8 +87,8 @@ TEST_CASE("checkpoints: what is not complete is told by name with what is wrong,
   const Names said{"has no file CHECKPOINT", "000001.sst is missing", "has 4999 bytes, expected 5000", "CHECKPOINT"};
   REQUIRE(list.damaged.size() == said.size());
   for (size_t i = 0; i < said.size(); ++i) {
-    CHECK(list.damaged[i].first.filename().string().starts_with(std::to_string(i + 1)));
-    CHECK(list.damaged[i].second.find(said[i]) != std::string::npos);
+    CHECK(list.damaged[i].path.filename().string().starts_with(std::to_string(i + 1)));
+    CHECK(list.damaged[i].wrong.find(said[i]) != std::string::npos);
   }
 }
 

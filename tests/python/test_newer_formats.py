@@ -7,7 +7,9 @@ that agrees. A stored row of a newer format is in tests/core/storage_test.cc: Py
 
 from __future__ import annotations
 
+import shutil
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,15 +116,38 @@ def test_a_storage_of_a_newer_version_is_refused_and_untouched(killed: Path, wha
     (killed / name).write_bytes(newer)
     ignored = ["rocksdb"] if after_rocksdb else []
     before = files_of(killed, ignored)
+    # A damaged head of the log may say so, too.
+    raised = de.CorruptionError if what.startswith("log") else de.NewerVersionError
     for opening in (de.Storage, de.Storage.open):
-        with pytest.raises(de.CorruptionError, match="upgrade damo-embedding") as refused:
+        with pytest.raises(raised, match="upgrade damo-embedding") as refused:
             opening(killed, memory="16MiB", threads=1)
+        assert type(refused.value) is raised
         assert str(killed / "generation-000001") in str(refused.value)
     assert files_of(killed, ignored) == before
     (killed / name).write_bytes(good)
     with de.Storage(killed, memory="16MiB", threads=1) as storage:
         assert storage.last_commit == (3, b"")
         assert storage.stats()["rows"] == 20
+
+
+@pytest.mark.parametrize("what", ["manifest", "optimizer in the manifest", "counters in the log", "record"])
+def test_a_storage_of_a_newer_version_is_not_replaced_as_damaged(killed: Path, tmp_path: Path, what: str) -> None:
+    """Its rows are newer than any checkpoint's."""
+    (tmp_path / "checkpoints").mkdir()
+    with de.Storage(tmp_path / "running.damo", memory="16MiB", threads=1) as storage:
+        train(storage)
+        storage.checkpoint(tmp_path / "checkpoints" / "1", step=1)
+    name, change, after_rocksdb = OF_A_STORAGE[what]
+    (killed / name).write_bytes(change((killed / name).read_bytes()))
+    ignored = ["rocksdb"] if after_rocksdb else []
+    before = files_of(killed, ignored)
+    for replace_damaged in (False, True):
+        with pytest.raises(de.NewerVersionError, match=r"upgrade damo-embedding$"):
+            de.Storage.open_or_restore(
+                killed, tmp_path / "checkpoints", memory="16MiB", threads=1, replace_damaged=replace_damaged
+            )
+    assert files_of(killed, ignored) == before
+    assert sorted(file.name for file in tmp_path.glob("*.damo*")) == ["running.damo", killed.name]
 
 
 def counters_raised(data: bytes) -> bytes:
@@ -170,7 +195,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_before_anything_is_replaced(
         newer = of_other_manifest(good["CHECKPOINT"], (checkpoint / "MANIFEST").read_bytes())
         (checkpoint / "CHECKPOINT").write_bytes(newer)
     before = files_of(tmp_path)
-    with pytest.raises(de.CorruptionError, match="upgrade damo-embedding") as refused:
+    with pytest.raises(de.NewerVersionError, match="upgrade damo-embedding") as refused:
         de.Storage.restore(checkpoint, path, memory="16MiB", threads=1)
     assert str(checkpoint / name) in str(refused.value)
     assert files_of(tmp_path) == before
@@ -179,6 +204,40 @@ def test_a_checkpoint_of_a_newer_version_is_refused_before_anything_is_replaced(
         (checkpoint / other).write_bytes(data)
     with de.Storage.restore(checkpoint, path, memory="16MiB", threads=1) as storage:
         assert storage.last_commit == (3, b"note")
+
+
+@pytest.mark.parametrize("there", ["nothing", "a damaged storage"])
+@pytest.mark.parametrize("what", OF_A_CHECKPOINT)
+def test_a_checkpoint_of_a_newer_version_is_not_passed_over_for_an_older_one(
+    path: Path, tmp_path: Path, what: str, there: str
+) -> None:
+    """That would lose the steps between."""
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    with de.Storage(path, memory="16MiB", threads=1) as storage:
+        for step in (1, 2):
+            train(storage)
+            storage.checkpoint(checkpoints / str(step), step=step)
+    name, change = OF_A_CHECKPOINT[what]
+    good = {name: (checkpoints / "2" / name).read_bytes() for name in ("CHECKPOINT", "MANIFEST")}
+    (checkpoints / "2" / name).write_bytes(change(good[name]))
+    if name == "MANIFEST":
+        newer = of_other_manifest(good["CHECKPOINT"], (checkpoints / "2" / "MANIFEST").read_bytes())
+        (checkpoints / "2" / "CHECKPOINT").write_bytes(newer)
+    if there == "nothing":
+        shutil.rmtree(path)
+    else:
+        (path / "CURRENT").write_bytes(b"damaged")
+    before = files_of(tmp_path)
+    with pytest.raises(de.NewerVersionError, match="upgrade damo-embedding"):
+        de.Storage.open_or_restore(path, checkpoints, memory="16MiB", threads=1, replace_damaged=True)
+    assert files_of(tmp_path) == before
+    shutil.rmtree(checkpoints / "2")  # as the message says
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        opened = de.Storage.open_or_restore(path, checkpoints, memory="16MiB", threads=1, replace_damaged=True)
+    with opened as storage:
+        assert storage.last_commit == (1, b"")
 
 
 @pytest.mark.parametrize("missing", ["MANIFEST", "rocksdb/CURRENT"])

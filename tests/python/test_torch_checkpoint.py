@@ -155,6 +155,26 @@ def test_the_newest_whole_checkpoint_is_taken(training: Training, kept: Path) ->
     assert resumed.step == 3
 
 
+def test_one_of_a_newer_version_is_not_passed_over(
+    training: Training, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.learn(1)
+    training.save(kept / "1", 1)
+    training.learn(1)
+    with monkeypatch.context() as newer:
+        newer.setattr("damo_embedding.torch.checkpoint._VERSION", 100)
+        training.save(kept / "2", 2)
+    training.learn(1)
+    before = training.bits()
+    with pytest.raises(de.NewerVersionError, match="has version 100, this package reads 1: upgrade damo-embedding"):
+        training.load(kept)
+    assert training.bits() == before
+    shutil.rmtree(kept / "2")
+    resumed = training.load(kept)
+    assert resumed is not None
+    assert resumed.step == 1
+
+
 def test_what_was_set_while_training_stays_set(training: Training, kept: Path) -> None:
     training.learn(1)
     training.save(kept / "1", 1)

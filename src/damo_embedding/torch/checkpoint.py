@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from damo_embedding.checkpoints import Checkpoint, newest_first, pass_over, verify_checkpoint
-from damo_embedding.errors import CorruptionError, StorageError
+from damo_embedding.errors import CorruptionError, NewerVersionError, StorageError
 from damo_embedding.integers import parse_int
 from damo_embedding.storage import PathLike, Storage, parse_path
 from damo_embedding.torch.group import groups_of
@@ -164,6 +164,7 @@ def load_checkpoint(
 
     Raises:
         CorruptionError: There are checkpoints and not one is whole, or the one given is not.
+        NewerVersionError: A checkpoint is of a newer version of this package: upgrade, or move it away.
         SchemaMismatchError: A group of the checkpoint has another layout or admission filter than the model's.
         RuntimeError: The model's state_dict has other names or shapes.
         ValueError: The optimizers are others, an embedding is of another storage, admission filters have no room in its
@@ -186,6 +187,8 @@ def load_checkpoint(
         try:
             found = verify_checkpoint(candidate.path)
             document, tensors = _read(found)
+        except NewerVersionError:  # older ones would lose the steps between
+            raise
         except CorruptionError as wrong:
             pass_over(operation, wrong, 3)
             continue
@@ -266,8 +269,9 @@ def _read(found: Checkpoint) -> tuple[dict[str, Any], Tensors]:
     try:
         document = json.loads(Path(file).read_bytes())
         if document["version"] != _VERSION:
-            raise CorruptionError(
-                f"{file} has version {document['version']}, this package reads {_VERSION}: upgrade damo-embedding"
+            raise NewerVersionError(
+                f"[{operation}] {file} has version {document['version']}, this package reads {_VERSION}: upgrade"
+                " damo-embedding"
             )
         tensors: Tensors = safetensors.load_file(os.path.join(found.path, _TENSORS))
         return {name: decode(value, tensors) for name, value in document.items()}, tensors
