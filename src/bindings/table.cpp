@@ -72,7 +72,11 @@ nb::object filter_info_of(const Table::FilterInfo& info) {
 }
 
 void bind_table(nb::module_& m) {
-  nb::class_<Batch>(m, "Batch", "The distinct keys of one training lookup, for the backward pass.")
+  nb::class_<Batch>(m, "Batch", "The distinct keys of a batch, mostly of a training lookup, for the backward pass.")
+      .def(
+          "__init__",
+          [](Batch* batch, const AnyKeys& keys) { new (batch) Batch(keys_of("Batch", keys), std::nullopt); },
+          "keys"_a.noconvert(), nb::sig("def __init__(self, keys: object) -> None"), "Of keys that nobody looked up.")
       .def_prop_ro("num_positions", &Batch::num_positions)
       .def_prop_ro("num_rows", &Batch::num_rows);
 

@@ -58,6 +58,11 @@ Bytes ByteReader::take(size_t size) {
   return taken;
 }
 
+ByteReader ByteReader::part(size_t size) {
+  const uint64_t begin = offset();
+  return {take(size), source_, begin};
+}
+
 std::string ByteReader::get_string(size_t limit) {
   const auto size = get<uint32_t>();
   if (size > limit) corrupt("a text of " + std::to_string(size) + " bytes, at most " + std::to_string(limit));
@@ -124,8 +129,8 @@ DecodedRow decode_row(const StoredKey& key, Bytes value, size_t num_floats) {
     damaged("its checksum does not agree");
   // The checksum is right, so it is not damage.
   const auto newer = [&](const std::string& what) {
-    throw CorruptionError("[read] the stored row of " + describe(key) + " has " + what +
-                          ", written by a newer version: upgrade damo-embedding");
+    throw NewerVersionError("[read] the stored row of " + describe(key) + " has " + what +
+                            ", written by a newer version: upgrade damo-embedding");
   };
   if (format != kRowFormat) newer("row format " + std::to_string(format) + ", this one reads 1");
   if ((flags & ~kFlagFloats) != 0) newer("flags " + std::to_string(flags));
@@ -238,6 +243,22 @@ ApplyRecord decode_apply(ByteReader& body, std::vector<uint64_t>& key_storage) {
   record.gradients = take_array(body, num_keys, uint64_t{record.dimension} * sizeof(float));
   body.expect_end();
   return record;
+}
+
+std::string encode_together(uint64_t updates) {
+  std::string out;
+  ByteWriter(out).put(updates);
+  return out;
+}
+
+std::vector<ByteReader> decode_together(ByteReader& body) {
+  const auto updates = body.get<uint64_t>();
+  if (updates > body.remaining() / sizeof(uint64_t))
+    body.corrupt(std::to_string(updates) + " updates in " + std::to_string(body.remaining()) + " bytes");
+  std::vector<ByteReader> parts;
+  for (uint64_t i = 0; i < updates; ++i) parts.push_back(body.part(body.get<uint64_t>()));
+  body.expect_end();
+  return parts;
 }
 
 std::string encode_keys_prefix(const KeysRecord& record) {
@@ -380,8 +401,8 @@ std::string encode_counters(const StorageCounters& counters) {
 StorageCounters decode_counters(Bytes bytes, const std::string& source) {
   ByteReader reader(bytes, source);
   if (const auto version = reader.get<uint32_t>(); version != 1)
-    throw CorruptionError("[read] " + source + " has counters of format " + std::to_string(version) +
-                          ", written by a newer version; this one reads 1: upgrade damo-embedding");
+    throw NewerVersionError("[read] " + source + " has counters of format " + std::to_string(version) +
+                            ", written by a newer version; this one reads 1: upgrade damo-embedding");
   StorageCounters counters;
   const auto num_tables = reader.get<uint32_t>();
   counters.sequence = reader.get<uint64_t>();

@@ -65,6 +65,8 @@ class ByteReader {
   }
   Bytes take(size_t size);
   std::string get_string(size_t limit);
+  // The next `size` bytes, read apart.
+  ByteReader part(size_t size);
   size_t remaining() const { return bytes_.size() - at_; }
   uint64_t offset() const { return base_ + at_; }
   // Throws unless everything was read.
@@ -164,6 +166,7 @@ enum class RecordType : uint8_t {
   // Reserved for what later versions log: 6 drop group, 8 max-norm, 9 catch-up,
   // 10 filter.
   kCommit = 11,
+  kApplyTogether = 12,
 };
 
 // Every number one optimizer step uses, in the optimizer's documented order,
@@ -199,6 +202,9 @@ struct ApplyRecord {
 std::string encode_apply_prefix(const ApplyRecord& record);
 // `keys` and `gradients` point into `body`; `keys` is copied into `storage` when misaligned.
 ApplyRecord decode_apply(ByteReader& body, std::vector<uint64_t>& key_storage);
+// Updates of several tables, which happen together or not at all: how many, then each, its length first.
+std::string encode_together(uint64_t updates);
+std::vector<ByteReader> decode_together(ByteReader& body);
 
 struct KeysRecord {  // insert and erase
   uint32_t table_id = 0;

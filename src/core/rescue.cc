@@ -149,6 +149,28 @@ StorageCounters counters_of_oldest(const SegmentFiles& files, const StorageId& i
   return {};
 }
 
+// Those that an operation changes rows of.
+std::vector<uint32_t> tables_of(const LogRecord& record) {
+  ByteReader body(record.body, record.source, record.offset);
+  std::vector<uint32_t> tables;
+  switch (record.type) {
+    case RecordType::kApplyTogether:
+      for (ByteReader& part : decode_together(body)) tables.push_back(part.get<uint32_t>());
+      break;
+    case RecordType::kApply:
+    case RecordType::kInsert:
+    case RecordType::kErase:
+    case RecordType::kCount:
+    case RecordType::kImport:
+      tables.push_back(body.get<uint32_t>());
+      break;
+    case RecordType::kExpire:
+    case RecordType::kCommit:
+      break;
+  }
+  return tables;
+}
+
 // Reads a segment's records in order until one is bad; false then, with what is wrong in `damages`.
 bool read_segment(const fs::path& path, const StorageId& id, bool is_newest, std::optional<uint64_t>& last,
                   std::vector<Damage>& damages, const std::function<void(const SegmentReader&)>& head,
@@ -471,15 +493,10 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
                                              reader.first_sequence(), encode_counters(counters));
                 },
                 [&](const LogRecord& record) {
-                  const auto names_table = record.type == RecordType::kApply || record.type == RecordType::kInsert ||
-                                           record.type == RecordType::kErase || record.type == RecordType::kImport ||
-                                           record.type == RecordType::kCount;
-                  if (uint32_t table_id = 0; names_table && record.body.size() >= sizeof table_id) {
-                    std::memcpy(&table_id, record.body.data(), sizeof table_id);
-                    if (table_id >= manifest.next_table_id && table_id < (uint32_t{1} << 31)) {
-                      note(segment, "rows of table " + std::to_string(table_id) + ", a group that is not known");
-                      manifest.next_table_id = table_id + 1;
-                    }
+                  for (const uint32_t table_id : tables_of(record)) {
+                    if (table_id < manifest.next_table_id || table_id >= uint32_t{1} << 31) continue;
+                    note(segment, "rows of table " + std::to_string(table_id) + ", a group that is not known");
+                    manifest.next_table_id = table_id + 1;
                   }
                   const std::array<Bytes, 1> parts{record.body};
                   log->append(record.type, parts);

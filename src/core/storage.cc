@@ -114,14 +114,6 @@ std::unique_lock<std::mutex> Storage::begin_operation() {
   return order;
 }
 
-void Storage::next_operation() {
-  // The order lock stays: an open cut has given it back and gets on without it. Cutting the log needs it to begin, so
-  // that is not waited for here.
-  tiers_->wait_for_cut_memory();
-  check_writable();
-  if (log_->should_rotate()) log_->rotate(encode_counters(counters()));
-}
-
 uint64_t Storage::append(RecordType type, std::span<const Bytes> parts) {
   const uint64_t sequence = log_->append(type, parts);
   if (log_->bytes() > log_limit_) {

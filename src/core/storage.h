@@ -232,7 +232,6 @@ class Storage {
   void check_in_place() const;
   // The order lock, once the log has room and an open cut has memory.
   std::unique_lock<std::mutex> begin_operation();
-  void next_operation();  // the same for a further one under the same lock; it does not wait for room in the log
   // Appends a record; the order lock is held.
   uint64_t append(RecordType type, std::span<const Bytes> parts);
   void after_operation(uint64_t sequence);  // no lock held: in mode durable, waits for the sync

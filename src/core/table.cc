@@ -374,6 +374,40 @@ void Table::filter_check(std::span<const uint64_t> keys, bool* out) const {
 
 // --------------------------------------------------------- apply_gradients
 
+// What one table of a call learns.
+struct Table::Step {
+  Step(Table* of, const Sums* with, std::optional<double> rate) : table(of), sums(with), lr(rate) {}
+  Table* table;
+  const Sums* sums;
+  std::optional<double> lr;
+  std::vector<uint64_t> keys{};  // of the batch's rows
+  ApplyRecord record{};
+  std::shared_ptr<Admission> filter{};  // a key that it has not let in has nothing to learn with
+  // What is logged where some keys are left out.
+  std::vector<uint64_t> some_keys{};
+  std::vector<float> some_sums{};
+
+  // The body of its record, for these rows.
+  void encode(const AgeEffect& effect, std::span<const uint32_t> rows, std::string& prefix, std::vector<Bytes>& parts) {
+    const size_t dimension = record.dimension;
+    record.ages = effect;
+    record.keys = keys;
+    std::span logged(sums->gradients.get(), keys.size() * dimension);
+    if (rows.size() != keys.size()) {
+      some_sums.resize(rows.size() * dimension);
+      float* to = some_sums.data();
+      for (const uint32_t r : rows) {
+        some_keys.push_back(keys[r]);
+        to = std::copy_n(logged.data() + r * dimension, dimension, to);
+      }
+      record.keys = some_keys;
+      logged = some_sums;
+    }
+    prefix = encode_apply_prefix(record);
+    parts.insert(parts.end(), {std::as_bytes(std::span(prefix)), std::as_bytes(record.keys), std::as_bytes(logged)});
+  }
+};
+
 void Table::apply_gradients(std::span<const uint64_t> keys, const float* gradients, std::optional<double> lr) {
   check_positions("apply_gradients", keys.size());
   std::shared_ptr<Batch> batch;
@@ -416,19 +450,17 @@ void Table::apply_gradients(std::span<const Update> updates) {
                                   " is NaN or infinite: nothing was applied. Look at the loss, or clip the gradients");
   }
   // An empty batch is no step, and its schedule is not asked.
-  struct Step {
-    Table* table;
-    const Sums* sums;
-    std::vector<uint64_t> keys;
-    std::optional<double> lr;
-  };
   std::vector<Step> steps;
   for (size_t u = 0; u < updates.size(); ++u) {
     const Batch& batch = *sums[u].batch;
     if (batch.num_rows() == 0) continue;
-    std::vector<uint64_t> keys(batch.num_rows());
-    std::transform(batch.mixed.begin(), batch.mixed.end(), keys.begin(), unmix_key);
-    steps.push_back({updates[u].table, &sums[u], std::move(keys), updates[u].lr});
+    for (const Step& other : steps)
+      if (other.table == updates[u].table)
+        throw std::invalid_argument("[apply_gradients] " + other.table->spec().label() +
+                                    " stands twice in one call, expected each group once: give its parts together");
+    Step& step = steps.emplace_back(updates[u].table, &sums[u], updates[u].lr);
+    step.keys.resize(batch.num_rows());
+    std::transform(batch.mixed.begin(), batch.mixed.end(), step.keys.begin(), unmix_key);
   }
   if (steps.empty()) return;
   uint64_t sequence = 0;
@@ -437,17 +469,15 @@ void Table::apply_gradients(std::span<const Update> updates) {
     {
       // All of them before any table changes.
       const Storage::AskingForRates asking;
-      std::map<const Table*, uint64_t> earlier;  // updates of a table in this call, before this one
       for (Step& step : steps) {
         step.table->check_exists("apply_gradients");
-        const uint64_t number = step.table->step_ + earlier[step.table]++;
-        if (!step.lr) step.lr = step.table->rate_at("apply_gradients", number);
+        if (!step.lr) step.lr = step.table->rate_at("apply_gradients", step.table->step_);
       }
     }
-    for (Step& step : steps) {
-      if (&step != steps.data()) storage.next_operation();
-      sequence = step.table->apply_sums(*step.sums->batch, step.keys, step.sums->gradients.get(), *step.lr);
-    }
+    if (planted("groups of one call one after the other"))
+      for (Step& step : steps) sequence = apply(storage, {&step, 1});
+    else
+      sequence = apply(storage, steps);
   }
   storage.after_operation(sequence);
 }
@@ -566,121 +596,137 @@ void Table::count(const AgeEffect& effect) noexcept {
   }
 }
 
-struct Table::Operation {
-  bool create = true;  // rows that exist nowhere are made; else they are left out
-  // Writes the record of these rows.
-  std::function<void(AgeEffect&, std::span<const uint32_t> rows)> log;
+struct Table::Change {
+  Table& table;
+  const Batch& batch;
+  std::vector<uint32_t> rows;
+  Expiry expiry;
+  std::optional<int64_t> renewed;  // the age mark the rows get; none when they go
+  bool create = true;              // rows that exist nowhere are made; else they are left out of `rows`
   std::function<void(std::span<const uint32_t> rows, const Tiers::Prepared&)> change;
+  AgeEffect effect{};  // for the record
+
+  // Brings all the rows into memory; nothing where it does not hold them at once.
+  static std::optional<std::vector<Tiers::Prepared>> prepare(Tiers& tiers, std::span<const Change> changes) {
+    std::vector<Tiers::Request> requests;
+    for (const Change& c : changes) {
+      if (c.rows.size() > tiers.chunk_rows(c.table.shape_)) return std::nullopt;
+      requests.push_back({c.table.shape_, c.expiry, c.batch, c.rows, c.create});
+    }
+    if (requests.size() > 1) return tiers.prepare_together(requests);
+    const Change& only = changes.front();
+    std::vector<Tiers::Prepared> prepared;
+    prepared.push_back(tiers.prepare(only.table.shape_, only.expiry, only.batch, only.rows, only.create));
+    return prepared;
+  }
 };
 
 // Brings the rows into memory, logs, then changes them. More rows than memory holds at once are logged first and
 // changed part by part: should a part fail, the storage latches, and redo completes the operation at the next open. The
-// order lock is held. `renewed`: the age mark the rows get; none when they go.
-void Table::operate(const Batch& batch, std::span<const uint32_t> rows, const Expiry& expiry,
-                    std::optional<int64_t> renewed, const Operation& operation) {
-  check_exists("change rows");  // the order lock is held: it stays
-  Tiers& tiers = *storage_.tiers_;
-  const size_t chunk = tiers.chunk_rows(shape_);
-  if (rows.size() <= chunk) {
-    Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, rows, operation.create);
-    AgeEffect effect;
-    std::vector<uint32_t> there;
+// order lock is held. `log` writes the one record of all the changes.
+void Table::operate(std::span<Change> changes, const std::function<void()>& log) {
+  for (const Change& c : changes) c.table.check_exists("change rows");  // the order lock is held: it stays
+  Tiers& tiers = *changes.front().table.storage_.tiers_;
+  if (std::optional<std::vector<Tiers::Prepared>> prepared = Change::prepare(tiers, changes)) {
     try {
-      if (!operation.create) {
-        std::copy_if(rows.begin(), rows.end(), std::back_inserter(there),
-                     [&](uint32_t r) { return prepared.slots[r] != kNoSlot; });
-        rows = there;
+      for (size_t i = 0; i < changes.size(); ++i) {
+        Change& c = changes[i];
+        const Tiers::Prepared& at = (*prepared)[i];
+        if (!c.create) std::erase_if(c.rows, [&](uint32_t r) { return at.slots[r] == kNoSlot; });
+        std::vector<int64_t> marks(c.batch.num_rows(), 0);
+        if (c.expiry.unit != AgeUnit::kNone)
+          for (const uint32_t r : c.rows) {
+            const HotRow* row = tiers.hot().row(at.slots[r]);
+            marks[r] = c.expiry.mark(row->time, row->step);
+          }
+        for (const uint32_t r : at.fresh) marks[r] = kAbsent;
+        c.effect = c.table.effect_on(c.rows, marks, c.expiry, c.renewed);
       }
-      std::vector<int64_t> marks(batch.num_rows(), 0);
-      if (expiry.unit != AgeUnit::kNone)
-        for (const uint32_t r : rows) {
-          if (prepared.slots[r] == kNoSlot) continue;
-          const HotRow* row = tiers.hot().row(prepared.slots[r]);
-          marks[r] = expiry.mark(row->time, row->step);
-        }
-      for (const uint32_t r : prepared.fresh) marks[r] = kAbsent;
-      effect = effect_on(rows, marks, expiry, renewed);
-      operation.log(effect, rows);
+      log();
     } catch (...) {
-      tiers.abandon(prepared);
+      tiers.abandon(*prepared);
       throw;
     }
     after_log(tiers, [&] {
-      count(effect);
-      operation.change(rows, prepared);
+      for (size_t i = 0; i < changes.size(); ++i) {
+        changes[i].table.count(changes[i].effect);
+        changes[i].change(changes[i].rows, (*prepared)[i]);
+      }
     });
     return;
   }
-  std::vector<int64_t> marks;
-  for (const Found& row : survey(batch, expiry)) marks.push_back(row.mark);
-  std::vector<uint32_t> there;
-  if (!operation.create) {
-    std::copy_if(rows.begin(), rows.end(), std::back_inserter(there), [&](uint32_t r) { return marks[r] != kAbsent; });
-    rows = there;
+  for (Change& c : changes) {
+    std::vector<int64_t> marks;
+    for (const Found& row : c.table.survey(c.batch, c.expiry)) marks.push_back(row.mark);
+    if (!c.create) std::erase_if(c.rows, [&](uint32_t r) { return marks[r] == kAbsent; });
+    c.effect = c.table.effect_on(c.rows, marks, c.expiry, c.renewed);
   }
-  AgeEffect effect = effect_on(rows, marks, expiry, renewed);
-  operation.log(effect, rows);
-  count(effect);
-  try {
-    for_each_chunk(rows, chunk, [&](std::span<const uint32_t> part) {
-      const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, part, operation.create);
-      operation.change(part, prepared);
-    });
-  } catch (...) {
-    tiers.fail(std::current_exception());
-    throw;
-  }
+  log();
+  after_log(tiers, [&] {
+    for (Change& c : changes) {
+      c.table.count(c.effect);
+      for_each_chunk(c.rows, tiers.chunk_rows(c.table.shape_), [&](std::span<const uint32_t> part) {
+        const Tiers::Prepared prepared = tiers.prepare(c.table.shape_, c.expiry, c.batch, part, c.create);
+        c.change(part, prepared);
+      });
+    }
+  });
 }
 
-uint64_t Table::apply_sums(const Batch& batch, std::span<const uint64_t> keys, const float* sums, double lr) {
-  Tiers& tiers = *storage_.tiers_;
-  const size_t dimension = spec().dimension;
-  const std::vector<uint32_t> rows = all_rows(batch);
+uint64_t Table::apply(Storage& storage, std::span<Step> steps) {
+  Tiers& tiers = *storage.tiers_;
+  const int64_t time = storage.read_clock();
   uint64_t sequence = 0;
-  ApplyRecord record;
-  record.table_id = spec().table_id;
-  record.optimizer_id = optimizer().id();
-  record.kernel_version = optimizer().kernel_version();
-  record.dimension = spec().dimension;
-  record.group_step = step_ + 1;
-  record.time = storage_.read_clock();
-  record.numbers = optimizer().numbers(lr, record.group_step);
-  record.keys = keys;
-  // A key that its filter has not let in has nothing to learn with.
-  const std::shared_ptr<Admission> filter = admission();
-  const Operation operation{.create = filter == nullptr,
-                            .log =
-                                [&](AgeEffect& effect, std::span<const uint32_t> present) {
-                                  ApplyRecord written = record;
-                                  written.ages = effect;
-                                  std::span logged(sums, rows.size() * dimension);
-                                  std::vector<uint64_t> some_keys;
-                                  std::vector<float> some_sums;
-                                  if (present.size() != rows.size()) {
-                                    some_sums.resize(present.size() * dimension);
-                                    float* to = some_sums.data();
-                                    for (const uint32_t r : present) {
-                                      some_keys.push_back(keys[r]);
-                                      to = std::copy_n(sums + r * dimension, dimension, to);
-                                    }
-                                    written.keys = some_keys;
-                                    logged = some_sums;
-                                  }
-                                  const std::string prefix = encode_apply_prefix(written);
-                                  const std::array<Bytes, 3> parts{std::as_bytes(std::span(prefix)),
-                                                                   std::as_bytes(written.keys), std::as_bytes(logged)};
-                                  sequence = storage_.append(RecordType::kApply, parts);
-                                  storage_.clock_ = record.time;
-                                  step_ = record.group_step;
-                                  if (filter) filter->ignored += rows.size() - present.size();
-                                },
-                            .change =
-                                [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
-                                  tiers.create_rows(shape_, batch, prepared, sequence, record.group_step, record.time);
-                                  tiers.apply(shape_, batch, part, prepared, optimizer(), record.numbers, sums,
-                                              sequence, record.group_step, record.time);
-                                }};
-  operate(batch, rows, expiry_at(record.time), mark(record.time, record.group_step), operation);
+  std::vector<Change> changes;
+  for (Step& step : steps) {
+    Table& table = *step.table;
+    const Optimizer& optimizer = table.optimizer();
+    const Batch& batch = *step.sums->batch;
+    step.record.table_id = table.spec().table_id;
+    step.record.optimizer_id = optimizer.id();
+    step.record.kernel_version = optimizer.kernel_version();
+    step.record.dimension = table.spec().dimension;
+    step.record.group_step = table.step_ + 1;
+    step.record.time = time;
+    step.record.numbers = optimizer.numbers(*step.lr, step.record.group_step);
+    step.filter = table.admission();
+    changes.push_back({.table = table,
+                       .batch = batch,
+                       .rows = all_rows(batch),
+                       .expiry = table.expiry_at(time),
+                       .renewed = table.mark(time, step.record.group_step),
+                       .create = step.filter == nullptr,
+                       .change = [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
+                         const ApplyRecord& record = step.record;
+                         tiers.create_rows(table.shape_, batch, prepared, sequence, record.group_step, time);
+                         tiers.apply(table.shape_, batch, part, prepared, optimizer, record.numbers,
+                                     step.sums->gradients.get(), sequence, record.group_step, time);
+                       }});
+  }
+  operate(changes, [&] {
+    std::vector<std::string> prefixes(steps.size());
+    std::vector<Bytes> parts;
+    if (steps.size() == 1) {
+      steps[0].encode(changes[0].effect, changes[0].rows, prefixes[0], parts);
+      sequence = storage.append(RecordType::kApply, parts);
+    } else {
+      const std::string head = encode_together(steps.size());
+      std::vector<uint64_t> lengths(steps.size());
+      parts.push_back(std::as_bytes(std::span(head)));
+      for (size_t i = 0; i < steps.size(); ++i) {
+        parts.push_back(std::as_bytes(std::span(&lengths[i], 1)));
+        const size_t begin = parts.size();
+        steps[i].encode(changes[i].effect, changes[i].rows, prefixes[i], parts);
+        for (const Bytes part : std::span(parts).subspan(begin)) lengths[i] += part.size();
+      }
+      sequence = storage.append(RecordType::kApplyTogether, parts);
+    }
+    storage.clock_ = time;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      steps[i].table->step_ = steps[i].record.group_step;
+      if (steps[i].filter) steps[i].filter->ignored += steps[i].keys.size() - changes[i].rows.size();
+    }
+  });
   return sequence;
 }
 
@@ -721,20 +767,23 @@ uint64_t Table::erase(std::span<const uint64_t> keys, Erased what, uint64_t newe
     }
     if (rows.empty()) return 0;
     gone = rows.size();
-    const Operation operation{
-        .create = false,
-        .log =
-            [&](AgeEffect& effect, std::span<const uint32_t>) {
-              if (what == Erased::kAll) effect.changes.clear();
-              const std::string prefix = encode_keys_prefix({spec().table_id, time, effect, erased});
-              const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(erased))};
-              sequence = planted("erase not logged") ? storage_.log_->last_sequence() + 1
-                                                     : storage_.append(RecordType::kErase, parts);
-              storage_.clock_ = time;
-            },
-        .change = [&](std::span<const uint32_t> part,
-                      const Tiers::Prepared& prepared) { tiers.erase(part, prepared, sequence); }};
-    operate(batch, rows, expiry, std::nullopt, operation);
+    Change change{.table = *this,
+                  .batch = batch,
+                  .rows = std::move(rows),
+                  .expiry = expiry,
+                  .renewed = std::nullopt,
+                  .create = false,
+                  .change = [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
+                    tiers.erase(part, prepared, sequence);
+                  }};
+    operate({&change, 1}, [&] {
+      if (what == Erased::kAll) change.effect.changes.clear();
+      const std::string prefix = encode_keys_prefix({spec().table_id, time, change.effect, erased});
+      const std::array<Bytes, 2> parts{std::as_bytes(std::span(prefix)), std::as_bytes(std::span(erased))};
+      sequence =
+          planted("erase not logged") ? storage_.log_->last_sequence() + 1 : storage_.append(RecordType::kErase, parts);
+      storage_.clock_ = time;
+    });
   }
   storage_.after_operation(sequence);
   return gone;
@@ -757,36 +806,36 @@ void Table::import_rows(std::span<const uint64_t> keys, std::span<const uint32_t
     throw std::invalid_argument("[import_rows] the row of key " + std::to_string(keys[*bad]) +
                                 " has a NaN or an infinity: nothing was imported");
   if (keys.empty()) return;
-  // Distinct keys: the batch's rows are the positions, in their order.
-  const std::vector<uint32_t> rows = all_rows(batch);
   uint64_t sequence = 0;
   {
     const std::unique_lock order = storage_.begin_operation();
     const int64_t time = storage_.read_clock();
     const Bytes counts = std::as_bytes(update_counts);
     const Bytes values = std::as_bytes(std::span(floats, keys.size() * num_floats));
-    const Operation operation{
-        .create = true,
-        .log =
-            [&](AgeEffect& effect, std::span<const uint32_t>) {
-              const ImportRecord record{.table_id = spec().table_id,
-                                        .num_floats = static_cast<uint32_t>(num_floats),
-                                        .time = time,
-                                        .ages = effect,
-                                        .keys = keys,
-                                        .update_counts = counts,
-                                        .floats = values};
-              const std::string prefix = encode_import_prefix(record);
-              const std::array<Bytes, 4> parts{std::as_bytes(std::span(prefix)), std::as_bytes(keys), counts, values};
-              sequence = storage_.append(RecordType::kImport, parts);
-              storage_.clock_ = time;
-            },
-        .change =
-            [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
-              tiers.create_rows(shape_, batch, prepared, sequence, step_, time);
-              tiers.replace(shape_, batch, part, prepared, counts.data(), values.data(), sequence, step_, time);
-            }};
-    operate(batch, rows, expiry_at(time), mark(time, step_), operation);
+    // Distinct keys: the batch's rows are the positions, in their order.
+    Change change{.table = *this,
+                  .batch = batch,
+                  .rows = all_rows(batch),
+                  .expiry = expiry_at(time),
+                  .renewed = mark(time, step_),
+                  .create = true,
+                  .change = [&](std::span<const uint32_t> part, const Tiers::Prepared& prepared) {
+                    tiers.create_rows(shape_, batch, prepared, sequence, step_, time);
+                    tiers.replace(shape_, batch, part, prepared, counts.data(), values.data(), sequence, step_, time);
+                  }};
+    operate({&change, 1}, [&] {
+      const ImportRecord record{.table_id = spec().table_id,
+                                .num_floats = static_cast<uint32_t>(num_floats),
+                                .time = time,
+                                .ages = change.effect,
+                                .keys = keys,
+                                .update_counts = counts,
+                                .floats = values};
+      const std::string prefix = encode_import_prefix(record);
+      const std::array<Bytes, 4> parts{std::as_bytes(std::span(prefix)), std::as_bytes(keys), counts, values};
+      sequence = storage_.append(RecordType::kImport, parts);
+      storage_.clock_ = time;
+    });
   }
   storage_.after_operation(sequence);
 }
@@ -890,6 +939,11 @@ size_t Scan::next(size_t limit, uint64_t* keys, float* floats, uint32_t* update_
 // -------------------------------------------------------------------- redo
 
 void Table::redo_apply(uint64_t sequence, const ApplyRecord& record, const std::string& source, uint64_t offset) {
+  if (record.optimizer_id == optimizer().id() && record.kernel_version > optimizer().kernel_version())
+    throw NewerVersionError("[open] " + source + " at offset " + std::to_string(offset) + " has an update of " +
+                            spec().label() + " by version " + std::to_string(record.kernel_version) + " of " +
+                            spec().optimizer + ", this one has " + std::to_string(optimizer().kernel_version()) +
+                            ": upgrade damo-embedding");
   if (record.dimension != spec().dimension || record.optimizer_id != optimizer().id() ||
       record.kernel_version != optimizer().kernel_version())
     throw CorruptionError("[open] " + source + " at offset " + std::to_string(offset) + " has an update of " +

@@ -91,8 +91,8 @@ class Table {
   // The schedule is asked once for each update, in the order of the steps, for the step the update gets: with the order
   // lock held, on the caller's thread. When it throws, or gives what is no rate, nothing is applied.
   void apply_gradients(std::span<const Part> parts, std::optional<double> lr);
-  // The same for several tables of one storage, as one operation after the other with no other in between: every
-  // table's arguments, sums and rate are checked before any table changes.
+  // The same for several tables of one storage, each once, as one operation: after a crash or an error all of them
+  // have learnt, or none has.
   struct Update {
     Table* table;
     std::vector<Part> parts;
@@ -161,8 +161,9 @@ class Table {
   };
   Sums sum(std::span<const Part> parts) const;
   double rate_at(const char* operation, uint64_t step) const;
-  // The order lock is held; `keys` are those of the batch's rows. Returns the operation's sequence number.
-  uint64_t apply_sums(const Batch& batch, std::span<const uint64_t> keys, const float* sums, double lr);
+  // The order lock is held. Returns the operation's sequence number. `Step` is defined beside it.
+  struct Step;
+  static uint64_t apply(Storage& storage, std::span<Step> steps);
   Expiry expiry_at(int64_t now) const noexcept;  // what has expired for an operation at that time
   Expiry expiry_now() const;                     // and for a lookup
   // The age mark of a row changed at this time and step.
@@ -175,10 +176,9 @@ class Table {
     uint64_t sequence;
   };
   std::vector<Found> survey(const Batch& batch, const Expiry& expiry) const;
-  // The one way in which rows change; defined beside it.
-  struct Operation;
-  void operate(const Batch& batch, std::span<const uint32_t> rows, const Expiry& expiry, std::optional<int64_t> renewed,
-               const Operation& operation);
+  // The one way in which rows change, of one table or of several; `Change` is defined beside it.
+  struct Change;
+  static void operate(std::span<Change> changes, const std::function<void()>& log);
   // What an operation does to the counts that gives rows of these marks the mark `renewed`, or takes them away.
   AgeEffect effect_on(std::span<const uint32_t> rows, std::span<const int64_t> marks, const Expiry& expiry,
                       std::optional<int64_t> renewed) const;

@@ -349,151 +349,231 @@ Tiers::Absent Tiers::bring_in(const TableShape& shape, const Expiry& expiry, Bat
 
 Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, const Batch& batch,
                                std::span<const uint32_t> rows, bool create, std::optional<uint64_t> absent_at) {
-  const uint32_t table_id = shape.spec.table_id;
+  const Request request{shape, expiry, batch, rows, create};
   const size_t slot_bytes = hot_.slot_bytes(shape.num_floats());
-  // For each row: the epoch at which it was found absent from both tiers, if it was.
-  constexpr uint64_t kUnknown = ~uint64_t{0};
-  std::vector<uint64_t> absent(batch.num_rows(), absent_at ? *absent_at : kUnknown);
+  Search search{.absent = std::vector<uint64_t>(batch.num_rows(), absent_at ? *absent_at : Search::kUnknown),
+                .misses = {},
+                .need_slot = {}};
   Prepared prepared;
   prepared.slots.assign(batch.num_rows(), kNoSlot);
-  std::vector<uint32_t> misses, need_slot;
   prepared.structure = std::unique_lock(structure_);
   working_slot_bytes_ = slot_bytes;
   working_rows_ = rows.size();
-  while (true) {
+  for (;;) {
     throw_if_failed();
-    prepared.fresh.clear();
-    misses.clear();
-    need_slot.clear();
-    // Where nothing has moved since the lookup and nothing expires, the hints need no look at the rows.
-    const bool settled = batch.hints_at == moves() && expiry.unit == AgeUnit::kNone;
-    for (size_t i = 0; i < rows.size(); ++i) {
-      const uint32_t r = rows[i];
-      Slot slot = batch.hints[r];
-      if (settled && slot != kNoSlot) {
-        prepared.slots[r] = slot;
-        continue;
-      }
-      if (i + 16 < rows.size()) {
-        const Slot hint = batch.hints[rows[i + 16]];
-        if (hint != kNoSlot) __builtin_prefetch(hot_.row(hint), 1);
-      }
-      const uint64_t mixed = batch.mixed[r];
-      if (!hot_.holds(slot, table_id, mixed)) slot = hot_.find(hot_.shard(hot_.shard_of(mixed)), table_id, mixed);
-      prepared.slots[r] = slot;
-      if (slot != kNoSlot) {
-        if (const HotRow* row = hot_.row(slot); row->is_row() && expiry.alive(row->time, row->step)) continue;
-        if (create)
-          prepared.fresh.push_back(r);
-        else
-          prepared.slots[r] = kNoSlot;
-      } else if ((absent[r] == kUnknown || removed_since(mixed, absent[r])) &&
-                 (create || may_be_cold(StoredKey::make(table_id, mixed)))) {
-        misses.push_back(r);
-      } else if (create) {
-        need_slot.push_back(r);
-      }
-    }
-    const uint64_t epoch = epoch_.load(std::memory_order_relaxed);
-    if (misses.empty()) {
-      // All known. Reserve what creation needs, so that it cannot fail after the log write.
-      std::vector<Slot> slots;
-      if (allocate(slot_bytes, need_slot.size(), slots) < need_slot.size()) {
-        for (const Slot slot : slots) hot_.free(slot);
-        prepared.structure.unlock();
-        ++counters_.write_waits;
-        wait_for_slots(slot_bytes, need_slot.size());
-        prepared.structure.lock();
-        continue;
-      }
-      std::vector<uint32_t> per_shard(hot_.num_shards(), 0);
-      for (size_t i = 0; i < need_slot.size(); ++i) {
-        const uint32_t r = need_slot[i];
-        prepared.slots[r] = slots[i];
-        HotRow* row = hot_.row(slots[i]);
-        row->mixed = batch.mixed[r];
-        row->table_id = table_id;
-        prepared.fresh.push_back(r);
-        ++per_shard[hot_.shard_of(batch.mixed[r])];
-      }
-      try {
-        for (size_t s = 0; s < per_shard.size(); ++s) {
-          if (per_shard[s] == 0) continue;
-          const std::lock_guard lock(hot_.shard(s).mutex);
-          hot_.reserve_entries(hot_.shard(s), per_shard[s]);
-        }
-      } catch (...) {
-        abandon(prepared);
-        throw;
-      }
-      return prepared;
-    }
-
-    // Read the missing ones into slots of our own, without the structure lock.
+    find_rows(request, search, prepared);
+    if (search.misses.empty() && reserve({&request, 1}, {&search, 1}, {&prepared, 1})) return prepared;
     prepared.structure.unlock();
-    std::sort(misses.begin(), misses.end(), [&](uint32_t a, uint32_t b) { return batch.mixed[a] < batch.mixed[b]; });
-    for (size_t begin = 0; begin < misses.size(); begin += kColdChunk) {
-      const size_t size = std::min(kColdChunk, misses.size() - begin);
-      std::vector<StoredKey> keys;
-      for (size_t i = 0; i < size; ++i) keys.push_back(StoredKey::make(table_id, batch.mixed[misses[begin + i]]));
-      std::vector<Slot> slots;
-      while (slots.size() < size) {
-        {
-          const std::lock_guard lock(structure_);
-          allocate(slot_bytes, size - slots.size(), slots);
-        }
-        if (slots.size() < size) {
-          try {
-            ++counters_.write_waits;
-            wait_for_slots(slot_bytes, size - slots.size());
-          } catch (...) {
-            const std::lock_guard lock(structure_);
-            for (const Slot slot : slots) hot_.free(slot);
-            throw;
-          }
-        }
-      }
-      std::vector<Found> found(size, Found::kNowhere);
-      std::exception_ptr error;
-      try {
-        read_cold(keys, [&](size_t i, Bytes value) {
-          const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
-          if (!expiry.alive(decoded.header.time, decoded.header.step)) return;
-          fill_from(shape, keys[i], decoded, *hot_.row(slots[i]));
-          found[i] = decoded.header.has_floats ? Found::kFloats : Found::kFirstFloats;
-        });
-      } catch (...) {
-        error = std::current_exception();
-      }
-      const std::lock_guard lock(structure_);
-      for (size_t i = 0; i < size; ++i) {
-        const uint32_t r = misses[begin + i];
-        const uint64_t mixed = batch.mixed[r];
-        const bool came_in = hot_.find(hot_.shard(hot_.shard_of(mixed)), table_id, mixed) != kNoSlot;
-        if (error || came_in || removed_since(mixed, epoch)) {
-          hot_.free(slots[i]);  // probed again below
-        } else if (found[i] != Found::kNowhere) {
-          // Not to leave again before it is used: the hand has to pass three times.
-          hot_.row(slots[i])->referenced.store(HotRow::kMaxReferenced, std::memory_order_relaxed);
-          add_row(slots[i], found[i] == Found::kFloats);
-          ++counters_.cold_hits;
-        } else {
-          hot_.free(slots[i]);
-          absent[r] = epoch;
-        }
-      }
-      slots_freed_.notify_all();
-      if (error) std::rethrow_exception(error);
+    if (search.misses.empty()) {
+      ++counters_.write_waits;
+      wait_for_slots(slot_bytes, search.need_slot.size());
+    } else {
+      read_misses(request, search);
     }
     prepared.structure.lock();
   }
 }
 
-void Tiers::abandon(Prepared& prepared) noexcept {
-  for (const uint32_t r : prepared.fresh)
-    if (hot_.row(prepared.slots[r])->has(HotRow::kPending)) hot_.free(prepared.slots[r]);
+std::optional<std::vector<Tiers::Prepared>> Tiers::prepare_together(std::span<const Request> requests) {
+  std::vector<Search> searches(requests.size());
+  std::vector<Prepared> prepared(requests.size());
+  for (size_t i = 0; i < requests.size(); ++i) {
+    searches[i].absent.assign(requests[i].batch.num_rows(), Search::kUnknown);
+    prepared[i].slots.assign(requests[i].batch.num_rows(), kNoSlot);
+  }
+  std::unique_lock structure(structure_);
+  // What a lookup has just left in memory is there at once. Else each table brings its rows in as if it were alone,
+  // waiting for memory as it must; then either all are there, or they push each other out.
+  for (const bool last : {false, true}) {
+    throw_if_failed();
+    bool found = true;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      find_rows(requests[i], searches[i], prepared[i]);
+      found = found && searches[i].misses.empty();
+    }
+    if (found && reserve(requests, searches, prepared)) {
+      prepared.front().structure = std::move(structure);
+      return prepared;
+    }
+    if (last) break;
+    structure.unlock();
+    for (size_t i = 0; i < requests.size(); ++i) {
+      const Request& request = requests[i];
+      const size_t slot_bytes = hot_.slot_bytes(request.shape.num_floats());
+      const size_t to_create = searches[i].need_slot.size();
+      if (searches[i].misses.empty() && to_create == 0) continue;
+      structure.lock();
+      working_slot_bytes_ = slot_bytes;
+      working_rows_ = request.rows.size();
+      structure.unlock();
+      if (!searches[i].misses.empty()) read_misses(request, searches[i]);
+      if (to_create != 0) wait_for_slots(slot_bytes, to_create);
+    }
+    structure.lock();
+  }
+  return std::nullopt;
+}
+
+void Tiers::find_rows(const Request& request, Search& search, Prepared& prepared) {
+  const Batch& batch = request.batch;
+  const Expiry& expiry = request.expiry;
+  const std::span<const uint32_t> rows = request.rows;
+  const bool create = request.create;
+  const uint32_t table_id = request.shape.spec.table_id;
   prepared.fresh.clear();
-  prepared.structure.unlock();
+  search.misses.clear();
+  search.need_slot.clear();
+  // Where nothing has moved since the lookup and nothing expires, the hints need no look at the rows.
+  const bool settled = batch.hints_at == moves() && expiry.unit == AgeUnit::kNone;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const uint32_t r = rows[i];
+    Slot slot = batch.hints[r];
+    if (settled && slot != kNoSlot) {
+      prepared.slots[r] = slot;
+      continue;
+    }
+    if (i + 16 < rows.size()) {
+      const Slot hint = batch.hints[rows[i + 16]];
+      if (hint != kNoSlot) __builtin_prefetch(hot_.row(hint), 1);
+    }
+    const uint64_t mixed = batch.mixed[r];
+    if (!hot_.holds(slot, table_id, mixed)) slot = hot_.find(hot_.shard(hot_.shard_of(mixed)), table_id, mixed);
+    prepared.slots[r] = slot;
+    if (slot != kNoSlot) {
+      if (const HotRow* row = hot_.row(slot); row->is_row() && expiry.alive(row->time, row->step)) continue;
+      if (create)
+        prepared.fresh.push_back(r);
+      else
+        prepared.slots[r] = kNoSlot;
+    } else if ((search.absent[r] == Search::kUnknown || removed_since(mixed, search.absent[r])) &&
+               (create || may_be_cold(StoredKey::make(table_id, mixed)))) {
+      search.misses.push_back(r);
+    } else if (create) {
+      search.need_slot.push_back(r);
+    }
+  }
+}
+
+bool Tiers::reserve(std::span<const Request> requests, std::span<const Search> searches, std::span<Prepared> prepared) {
+  struct Slots {
+    size_t needed = 0, used = 0;
+    std::vector<Slot> all{};
+  };
+  std::map<size_t, Slots> by_size;  // several tables may have rows of the same
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (searches[i].need_slot.empty()) continue;
+    by_size[hot_.slot_bytes(requests[i].shape.num_floats())].needed += searches[i].need_slot.size();
+    prepared[i].fresh.reserve(prepared[i].fresh.size() + searches[i].need_slot.size());
+  }
+  if (by_size.empty()) return true;
+  const auto give_back = [&] {
+    for (const auto& [slot_bytes, slots] : by_size)
+      for (const Slot slot : slots.all) hot_.free(slot);
+  };
+  try {
+    for (auto& [slot_bytes, slots] : by_size)
+      if (allocate(slot_bytes, slots.needed, slots.all) < slots.needed) {
+        give_back();
+        return false;
+      }
+    std::vector<uint32_t> per_shard(hot_.num_shards(), 0);
+    for (size_t i = 0; i < requests.size(); ++i)
+      for (const uint32_t r : searches[i].need_slot) ++per_shard[hot_.shard_of(requests[i].batch.mixed[r])];
+    for (size_t s = 0; s < per_shard.size(); ++s) {
+      if (per_shard[s] == 0) continue;
+      const std::lock_guard lock(hot_.shard(s).mutex);
+      hot_.reserve_entries(hot_.shard(s), per_shard[s]);
+    }
+  } catch (...) {
+    give_back();
+    throw;
+  }
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (searches[i].need_slot.empty()) continue;
+    Slots& slots = by_size[hot_.slot_bytes(requests[i].shape.num_floats())];
+    for (const uint32_t r : searches[i].need_slot) {
+      const Slot slot = slots.all[slots.used++];
+      prepared[i].slots[r] = slot;
+      HotRow* row = hot_.row(slot);
+      row->mixed = requests[i].batch.mixed[r];
+      row->table_id = requests[i].shape.spec.table_id;
+      prepared[i].fresh.push_back(r);
+    }
+  }
+  return true;
+}
+
+void Tiers::read_misses(const Request& request, Search& search) {
+  const TableShape& shape = request.shape;
+  const Expiry& expiry = request.expiry;
+  const Batch& batch = request.batch;
+  const uint32_t table_id = shape.spec.table_id;
+  const size_t slot_bytes = hot_.slot_bytes(shape.num_floats());
+  const uint64_t epoch = this->epoch();
+  std::vector<uint32_t>& misses = search.misses;
+  std::sort(misses.begin(), misses.end(), [&](uint32_t a, uint32_t b) { return batch.mixed[a] < batch.mixed[b]; });
+  for (size_t begin = 0; begin < misses.size(); begin += kColdChunk) {
+    const size_t size = std::min(kColdChunk, misses.size() - begin);
+    std::vector<StoredKey> keys;
+    for (size_t i = 0; i < size; ++i) keys.push_back(StoredKey::make(table_id, batch.mixed[misses[begin + i]]));
+    std::vector<Slot> slots;
+    while (slots.size() < size) {
+      {
+        const std::lock_guard lock(structure_);
+        allocate(slot_bytes, size - slots.size(), slots);
+      }
+      if (slots.size() < size) {
+        try {
+          ++counters_.write_waits;
+          wait_for_slots(slot_bytes, size - slots.size());
+        } catch (...) {
+          const std::lock_guard lock(structure_);
+          for (const Slot slot : slots) hot_.free(slot);
+          throw;
+        }
+      }
+    }
+    std::vector<Found> found(size, Found::kNowhere);
+    std::exception_ptr error;
+    try {
+      read_cold(keys, [&](size_t i, Bytes value) {
+        const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
+        if (!expiry.alive(decoded.header.time, decoded.header.step)) return;
+        fill_from(shape, keys[i], decoded, *hot_.row(slots[i]));
+        found[i] = decoded.header.has_floats ? Found::kFloats : Found::kFirstFloats;
+      });
+    } catch (...) {
+      error = std::current_exception();
+    }
+    const std::lock_guard lock(structure_);
+    for (size_t i = 0; i < size; ++i) {
+      const uint32_t r = misses[begin + i];
+      const uint64_t mixed = batch.mixed[r];
+      const bool came_in = hot_.find(hot_.shard(hot_.shard_of(mixed)), table_id, mixed) != kNoSlot;
+      if (error || came_in || removed_since(mixed, epoch)) {
+        hot_.free(slots[i]);  // looked for again
+      } else if (found[i] != Found::kNowhere) {
+        // Not to leave again before it is used: the hand has to pass three times.
+        hot_.row(slots[i])->referenced.store(HotRow::kMaxReferenced, std::memory_order_relaxed);
+        add_row(slots[i], found[i] == Found::kFloats);
+        ++counters_.cold_hits;
+      } else {
+        hot_.free(slots[i]);
+        search.absent[r] = epoch;
+      }
+    }
+    slots_freed_.notify_all();
+    if (error) std::rethrow_exception(error);
+  }
+}
+
+void Tiers::abandon(std::span<Prepared> prepared) noexcept {
+  for (Prepared& some : prepared) {
+    for (const uint32_t r : some.fresh)
+      if (hot_.row(some.slots[r])->has(HotRow::kPending)) hot_.free(some.slots[r]);
+    some.fresh.clear();
+  }
+  prepared.front().structure.unlock();
 }
 
 void Tiers::create_rows(const TableShape& shape, const Batch& batch, const Prepared& prepared, uint64_t sequence,

@@ -123,7 +123,7 @@ class Tiers {
   struct Prepared {
     std::vector<Slot> slots;      // [batch rows] kNoSlot outside the request
     std::vector<uint32_t> fresh;  // rows that are to be created: their slot is pending, a tombstone, or expired
-    std::unique_lock<std::mutex> structure;
+    std::unique_lock<std::mutex> structure;  // of several at once the first has it
   };
   // Brings `rows` of the batch into memory. On return the structure lock is held, every row has a slot, and nothing
   // that follows can fail. Without `create`, rows that exist nowhere have kNoSlot. `absent_at`: an epoch at which all
@@ -132,8 +132,19 @@ class Tiers {
                    bool create, std::optional<uint64_t> absent_at = std::nullopt);
   // For `absent_at`: rows that an earlier prepare under the same hold of the order lock found nowhere. They stay so.
   static constexpr uint64_t kStillAbsent = ~uint64_t{0} - 1;
+  // The same for rows of several tables at once, each table in one request. Where memory does not hold them all beside
+  // each other, nothing: what was brought in stays as long as it does.
+  struct Request {
+    const TableShape& shape;
+    const Expiry& expiry;
+    const Batch& batch;
+    std::span<const uint32_t> rows;
+    bool create;
+  };
+  std::optional<std::vector<Prepared>> prepare_together(std::span<const Request> requests);
   // Gives back the slots of fresh rows when the operation does not happen after all.
-  void abandon(Prepared& prepared) noexcept;
+  void abandon(std::span<Prepared> prepared) noexcept;
+  void abandon(Prepared& prepared) noexcept { abandon({&prepared, 1}); }
   // Turns the fresh rows into rows: update count 0, first floats.
   void create_rows(const TableShape& shape, const Batch& batch, const Prepared& prepared, uint64_t sequence,
                    uint64_t group_step, int64_t time);
@@ -197,6 +208,21 @@ class Tiers {
     bool erased = false;
   };
   static size_t displaced_cost(const Displaced& old) noexcept { return old.value.size() + sizeof(Displaced) + 64; }
+
+  // A request on its way.
+  struct Search {
+    static constexpr uint64_t kUnknown = ~uint64_t{0};
+    std::vector<uint64_t> absent;     // [batch rows] the epoch at which it was found absent from both tiers, if it was
+    std::vector<uint32_t> misses;     // perhaps in the cold tier
+    std::vector<uint32_t> need_slot;  // to be created where nothing is
+  };
+  // Where the rows are. Structure lock held.
+  void find_rows(const Request& request, Search& search, Prepared& prepared);
+  // Reads the misses into slots of our own, without the structure lock.
+  void read_misses(const Request& request, Search& search);
+  // Slots, and room in the index, for what is to be created; false, with nothing changed, where there are too few
+  // slots. Structure lock held.
+  bool reserve(std::span<const Request> requests, std::span<const Search> searches, std::span<Prepared> prepared);
 
   struct EncodedRow {
     StoredKey key;

@@ -485,23 +485,25 @@ TEST_CASE("storage: a schedule that throws or gives no rate stops the update bef
   CHECK(lookup(good, keys) == std::vector<float>{-1.0f, -1.0f});
 }
 
-TEST_CASE("storage: one call that updates a table twice asks for two steps") {
+TEST_CASE("storage: one call names a table once") {
   const TemporaryDirectory directory;
   const auto storage = open(directory / "s");
   Table &table = storage->table(sgd_from_zero(0)), &other = storage->table(sgd_from_zero(1));
-  const auto schedule = std::make_shared<Asked>([](uint64_t step) { return step == 0 ? 1.0 : 0.25; });
-  table.set_lr(schedule);
   const std::vector<uint64_t> keys{1};
   const float one = 1.0f;
   const Batch batch(keys, std::nullopt), empty(std::span<const uint64_t>{}, std::nullopt);
-  const std::vector<Table::Update> updates{{&table, {{&batch, &one}}, std::nullopt},
-                                           {&other, {{&batch, &one}}, std::nullopt},
-                                           {&table, {{&empty, &one}}, std::nullopt},
-                                           {&table, {{&batch, &one}}, std::nullopt}};
-  Table::apply_gradients(updates);
-  CHECK(schedule->steps == std::vector<uint64_t>{0, 1});
-  CHECK(lookup(table, keys)[0] == -1.25f);
-  CHECK(table.step() == 2);
+  std::vector<Table::Update> updates{{&table, {{&batch, &one}}, std::nullopt},
+                                     {&other, {{&batch, &one}}, std::nullopt},
+                                     {&table, {{&empty, &one}}, std::nullopt}};
+  Table::apply_gradients(updates);  // nothing is no update
+  CHECK(table.step() == 1);
+  updates[2].parts[0].batch = &batch;
+  CHECK_THROWS_WITH_AS(Table::apply_gradients(updates),
+                       "[apply_gradients] group 0 stands twice in one call, expected each group once: give its parts "
+                       "together",
+                       std::invalid_argument);
+  CHECK(table.step() == 1);
+  CHECK(other.step() == 1);
 }
 
 TEST_CASE("storage: tables of two storages are not updated by one call") {
@@ -1255,6 +1257,170 @@ TEST_CASE("storage: cuts and evictions at once do not wait for each other for ev
   cutter.join();
   CHECK(storage->stats().tiers.evicted > 0);
   CHECK(table.step() == 25);
+}
+
+// ------------------------------------------------------- several tables
+
+// An update of each table, with the gradients of StepBatch.
+void apply_together(const std::vector<Table*>& tables, uint64_t step, size_t count, uint64_t distinct) {
+  std::vector<StepBatch> batches;
+  std::vector<Batch> indexed;
+  std::vector<Table::Update> updates;
+  for (size_t i = 0; i < tables.size(); ++i) {
+    batches.emplace_back(step + 1000 * i, count, distinct, tables[i]->spec().dimension);
+    indexed.emplace_back(batches[i].keys, std::nullopt);
+  }
+  for (size_t i = 0; i < tables.size(); ++i)
+    updates.push_back({tables[i], {{&indexed[i], batches[i].gradients.data()}}, std::nullopt});
+  Table::apply_gradients(updates);
+}
+
+// The same one after the other.
+void apply_in_turn(const std::vector<Table*>& tables, uint64_t step, size_t count, uint64_t distinct) {
+  for (size_t i = 0; i < tables.size(); ++i) {
+    const StepBatch batch(step + 1000 * i, count, distinct, tables[i]->spec().dimension);
+    tables[i]->apply_gradients(batch.keys, batch.gradients.data(), std::nullopt);
+  }
+}
+
+// Of three layouts, one with a filter, two that expire.
+std::vector<Table*> three_tables(Storage& storage) {
+  TableSpec filtered = spec_of(1, 8, "adagrad"), passing = spec_of(2, 3, "sgd");
+  filtered.admission.emplace();
+  filtered.admission->filter.capacity = 1000;
+  filtered.admission->filter.count = 2;
+  filtered.lifetime = {.unit = AgeUnit::kSeconds, .ttl = 40};
+  filtered.own_lifetime = true;
+  passing.lifetime = {.unit = AgeUnit::kSteps, .ttl = 3};
+  passing.own_lifetime = true;
+  return {&storage.table(spec_of(0, 4)), &storage.table(filtered), &storage.table(passing)};
+}
+
+std::vector<Rows> rows_of(const std::vector<Table*>& tables) {
+  std::vector<Rows> rows;
+  for (Table* table : tables) rows.push_back(rows_of(*table));
+  return rows;
+}
+
+TEST_CASE("storage: updates of several tables in one call do what they do one after the other") {
+  const TemporaryDirectory directory;
+  const auto together = open(directory / "together"), apart = open(directory / "apart");
+  const std::vector<Table*> a = three_tables(*together), b = three_tables(*apart);
+  for (uint64_t step = 0; step < 12; ++step) {
+    for (const auto& [storage, tables] : {std::pair(together.get(), &a), std::pair(apart.get(), &b)}) {
+      storage->set_now(1000 + 10 * static_cast<int64_t>(step));
+      const StepBatch batch(step + 1000, 20, 40, 8);
+      std::vector<float> out(batch.gradients.size());
+      if (step % 2 == 0) (*tables)[1]->lookup(batch.keys, out.data(), true, false, std::nullopt);
+    }
+    const uint64_t before = together->stats().sequence;
+    apply_together(a, step, 20, 40);
+    CHECK(together->stats().sequence == before + 1);
+    apply_in_turn(b, step, 20, 40);
+  }
+  CHECK(a[1]->size() > 0);
+  for (size_t i = 0; i < a.size(); ++i) {
+    CHECK(a[i]->size() == b[i]->size());
+    CHECK(a[i]->step() == b[i]->step());
+  }
+  CHECK(rows_of(a) == rows_of(b));
+  copy_as_killed(directory / "together", directory / "killed");
+  const auto killed = open(directory / "killed");
+  killed->set_now(together->now());
+  CHECK(rows_of(three_tables(*killed)) == rows_of(a));
+  CHECK(killed->stats().sequence == together->stats().sequence);
+}
+
+TEST_CASE("storage: of a call on several tables a log with a torn end has all, or nothing") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s");
+  const std::vector<Table*> tables = three_tables(*storage);
+  storage->set_now(1000);
+  apply_together(tables, 1, 20, 40);
+  const auto before = rows_of(tables);
+  copy_as_killed(directory / "s", directory / "before");
+  fs::path log;  // the newest
+  for (const auto& entry : fs::directory_iterator(directory / "before" / "generation-000001" / "log"))
+    log = std::max(log, fs::relative(entry.path(), directory / "before"));
+  const auto whole = fs::file_size(directory / "before" / log);
+  apply_together(tables, 2, 20, 40);
+  copy_as_killed(directory / "s", directory / "after");
+  const auto longer = fs::file_size(directory / "after" / log);
+  REQUIRE(longer > whole);
+  std::vector<uintmax_t> sizes{longer};
+  for (uintmax_t size = whole; size < longer; size += 97) sizes.push_back(size);
+  for (const uintmax_t size : sizes) {
+    fs::remove_all(directory / "torn");
+    fs::copy(directory / "after", directory / "torn", fs::copy_options::recursive);
+    fs::resize_file(directory / "torn" / log, size);
+    const auto torn = open(directory / "torn");
+    torn->set_now(1000);
+    CHECK(rows_of(three_tables(*torn)) == (size == longer ? rows_of(tables) : before));
+  }
+}
+
+TEST_CASE("storage: a call on several tables that fails has changed none of them") {
+  const TemporaryDirectory directory;
+  const std::vector<uint64_t> keys{5, 6};
+  const std::vector<float> ones(8, 1.0f);
+  {
+    const auto storage = open(directory / "s");
+    storage->table(spec_of(0, 4)).apply_gradients(keys, ones.data(), std::nullopt);
+    storage->table(spec_of(1, 4)).apply_gradients(keys, ones.data(), std::nullopt);
+  }
+  {  // a damaged row of the second
+    const auto store = open_rocksdb_store({.directory = directory / "s" / "generation-000001" / "rocksdb"});
+    const auto writer = store->begin_write();
+    writer->put(StoredKey::make(2, mix_key(6)), std::as_bytes(std::span(ones)));
+    writer->commit();
+  }
+  const FaultScope faults;
+  const auto storage = open(directory / "s");
+  Table &first = storage->table(spec_of(0, 4)), &second = storage->table(spec_of(1, 4));
+  const auto before = rows_of(first);
+  const uint64_t sequence = storage->stats().sequence;
+  const std::vector<uint64_t> sound{5, 9};
+  const Batch batch(keys, std::nullopt), readable(sound, std::nullopt);
+  const std::vector<Table::Update> damaged{{&first, {{&batch, ones.data()}}, std::nullopt},
+                                           {&second, {{&batch, ones.data()}}, std::nullopt}},
+      good{{&first, {{&batch, ones.data()}}, std::nullopt}, {&second, {{&readable, ones.data()}}, std::nullopt}};
+  CHECK_THROWS_AS(Table::apply_gradients(damaged), CorruptionError);
+  system_faults.pwritev_error = ENOSPC;
+  CHECK_THROWS_AS(Table::apply_gradients(good), StorageError);
+  system_faults.clear();
+  CHECK(rows_of(first) == before);
+  CHECK(first.step() == 1);
+  CHECK(second.step() == 1);
+  CHECK(second.size() == 2);
+  CHECK(storage->stats().sequence == sequence);
+  Table::apply_gradients(good);  // and nothing is left of those that failed
+  CHECK(first.step() == 2);
+  CHECK(second.step() == 2);
+  CHECK(second.size() == 3);
+  CHECK(storage->stats().sequence == sequence + 1);
+}
+
+TEST_CASE("storage: updates of several tables that memory does not hold together equal those with memory for all") {
+  const TemporaryDirectory directory;
+  StorageOptions roomy = small_options();
+  roomy.memory_bytes = size_t{192} << 20;
+  const auto small = open(directory / "small"), large = open(directory / "large", roomy);
+  std::vector<std::vector<Rows>> rows;
+  for (Storage* storage : {small.get(), large.get()}) {
+    storage->set_now(1000);
+    // Each fits; some need the room of others, in slabs of sizes of their own.
+    std::vector<Table*> tables;
+    for (uint32_t group = 0; group < 20; ++group) tables.push_back(&storage->table(spec_of(group, 60 + 8 * group)));
+    for (uint64_t step = 0; step < 4; ++step) apply_together(tables, step, 800, 2000);
+    if (storage == small.get()) copy_as_killed(directory / "small", directory / "killed");
+    rows.push_back(rows_of(tables));
+  }
+  CHECK(rows[0] == rows[1]);
+  CHECK(small->stats().tiers.evicted > 1000);
+  const auto killed = open(directory / "killed");
+  std::vector<Table*> tables;
+  for (uint32_t group = 0; group < 20; ++group) tables.push_back(&killed->table(spec_of(group, 60 + 8 * group)));
+  CHECK(rows_of(tables) == rows[1]);
 }
 
 // ------------------------------------------------------------------ errors

@@ -187,6 +187,16 @@ std::string apply_body() {
   return body;
 }
 
+std::string together_body() {
+  std::string body = encode_together(2);
+  for (int i = 0; i < 2; ++i) {
+    const std::string part = apply_body();
+    ByteWriter(body).put(uint64_t{part.size()});
+    body += part;
+  }
+  return body;
+}
+
 std::string keys_body() {
   const std::vector<uint64_t> keys{1, 2, 3};
   std::string body = encode_keys_prefix({.table_id = 1, .time = 5, .ages = {}, .keys = keys});
@@ -223,7 +233,7 @@ std::string count_body() {
 Parser record_parser() {
   return {"record",
           {"\1" + apply_body(), "\2" + keys_body(), "\3" + encode_commit({4, "extra"}), "\4" + import_body(),
-           "\5" + count_body(), "\6" + encode_expire({5})},
+           "\5" + count_body(), "\6" + encode_expire({5}), "\7" + together_body()},
           nullptr,
           [](Bytes bytes) {
             if (bytes.empty()) return;
@@ -243,6 +253,8 @@ Parser record_parser() {
             } else if (kind == 5) {
               const CountRecord record = decode_count(body, keys);
               if (record.times.size() != record.keys.size() * sizeof(uint32_t)) std::abort();
+            } else if (kind == 7) {
+              for (ByteReader& part : decode_together(body)) decode_apply(part, keys);
             } else {
               decode_expire(body);
             }

@@ -27,6 +27,7 @@ import numpy as np
 
 import damo_embedding as de
 from comparing import Row, rows_of
+from damo_embedding import _core
 
 PATIENCE = 60  # seconds; what takes so long hangs
 
@@ -96,6 +97,12 @@ class Served:
 
     def embedding_call(self, group: int, verb: str, *args: Any, **named: Any) -> Any:
         return getattr(self.embeddings[group], verb)(*args, **named)
+
+    def apply_together(self, updates: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        """One update of each (group, keys, gradients), in one call."""
+        self.storage._core.backward_many(
+            [(self.embeddings[group]._table, [(_core.Batch(keys), floats)], None) for group, keys, floats in updates]
+        )
 
     def set_now(self, now: int) -> None:
         self.storage.now = now

@@ -13,6 +13,7 @@ import pytest
 import xxhash
 
 import damo_embedding as de
+from damo_embedding import _core
 
 pytestmark = pytest.mark.core
 
@@ -223,6 +224,32 @@ def test_the_log_holds_the_operations(open_storage: Any, tmp_path: Path) -> None
     erase.end()
     assert (commit.take("q"), commit.string()) == (9, b"where")
     commit.end()
+
+
+def test_an_update_of_several_groups_is_one_record(tmp_path: Path) -> None:
+    with de.Storage(tmp_path / "s", memory="16MiB", threads=1, ttl=500) as storage:
+        storage.now = 1_000
+        groups = [de.Embedding(storage, de.SGD(lr=0.5), de.Zeros(), DIMENSION, group=group) for group in (4, 9)]
+        ones = np.ones((2, DIMENSION), np.float32)
+        storage._core.backward_many(
+            [(one._table, [(_core.Batch(np.array([one.group, 5])), ones * one.group)], None) for one in groups]
+        )
+        generation = tmp_path / "s" / "generation-000001"
+        _, records = log(generation / "log" / "0000000001.log", manifest(generation / "MANIFEST")[0])
+        assert [kind for _, kind, _ in records] == [12]
+        body = records[0][2]
+        assert body.take("Q") == 2
+        for table, group in ((1, 4), (2, 9)):
+            length = body.take("Q")
+            end = body.at + length
+            assert body.take("IIIIQqqQII")[:5] == (table, 1, 1, DIMENSION, 1)
+            numbers = body.take("5d")
+            assert numbers[0] == 0.5
+            assert body.take("Qqq") == (1, 1_000, 2)
+            assert body.take("2Q") == (group, 5)
+            assert body.take("6f") == (group,) * 6
+            assert body.at == end
+        body.end()
 
 
 def stored_row(table: de.Embedding, key: int) -> bytes:

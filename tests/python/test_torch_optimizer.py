@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,38 @@ def test_a_step_of_two_storages_is_tried_again_for_the_one_that_failed(storage: 
         fails = False
         optimizer.step()
         assert a.embedding.step == b.embedding.step == 1
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_where_the_log_has_room_for_one_group_alone_no_group_learns(
+    storage: de.Storage, path: Path, with_optimizer: bool
+) -> None:
+    """And the same step, with room, is an update of each."""
+    a, b = (
+        Embedding(storage, group=name, dimension=DIMENSION, optimizer=de.SGD(lr=1.0), initializer=de.Zeros())
+        for name in "ab"
+    )
+    optimizer = SparseOptimizer([a, b]) if with_optimizer else None
+    few, many = torch.tensor([1]), torch.arange(5_000)
+    loss = a(few).sum() + b(many).sum()
+    apply = loss.backward if optimizer is None else optimizer.step
+    if optimizer is not None:
+        loss.backward()
+    log = max(path.glob("*/log/*.log"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 4_096, before[1]))
+    try:
+        with pytest.raises(de.StorageError, match="File too large"):
+            apply()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert a.embedding.step == b.embedding.step == 0
+    assert not a.embedding.lookup([1], insert=False).any()
+    if optimizer is not None:
+        optimizer.step()
+        assert a.embedding.step == b.embedding.step == 1
+        assert (a.embedding.lookup([1], insert=False) == -1).all()
+        assert (b.embedding.lookup(many.numpy(), insert=False) == -1).all()
 
 
 def test_a_state_of_other_groups_is_refused(storage: de.Storage) -> None:

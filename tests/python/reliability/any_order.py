@@ -67,6 +67,10 @@ def batches(draw: st.DrawFn, most: int = 30) -> tuple[int, int, int]:
     )
 
 
+# Of several groups, each once.
+together = st.lists(st.tuples(groups, batches(most=120)), min_size=2, max_size=3, unique_by=lambda update: update[0])
+
+
 def keys_of(group: int, batch: tuple[int, int, int]) -> np.ndarray:
     seed, size, width = batch
     random = np.random.default_rng(seed)
@@ -77,6 +81,10 @@ def keys_of(group: int, batch: tuple[int, int, int]) -> np.ndarray:
 def gradients_of(group: int, batch: tuple[int, int, int]) -> np.ndarray:
     dimension = next(known.dimension for known in GROUPS if known.group == group)
     return np.random.default_rng([batch[0], 1]).standard_normal((batch[1], dimension)).astype(np.float32)
+
+
+def updates_of(group: int, batch: tuple[int, int, int]) -> tuple[int, np.ndarray, np.ndarray]:
+    return group, keys_of(group, batch), gradients_of(group, batch)
 
 
 def table_of(group: Group) -> ReferenceTable:
@@ -205,6 +213,15 @@ class StorageMachine(RuleBasedStateMachine):
             self.oracle.tables[group].lookup(keys)
         self.session("embedding_call", group, "apply_gradients", keys, gradients, lr=lr)
         self.oracle.tables[group].apply_gradients(keys, gradients, lr)
+
+    @rule(chosen=together)
+    def apply_together(self, chosen: list[tuple[int, tuple[int, int, int]]]) -> None:
+        self.session("apply_together", [updates_of(*update) for update in chosen])
+        self.learn_together(chosen)
+
+    def learn_together(self, chosen: list[tuple[int, tuple[int, int, int]]]) -> None:
+        for group, batch in chosen:
+            self.oracle.tables[group].apply_gradients(keys_of(group, batch), gradients_of(group, batch))
 
     @rule(group=groups, batch=batches(most=250))
     def look_up_more_than_memory_takes_at_once(self, group: int, batch: tuple[int, int, int]) -> None:
@@ -405,6 +422,25 @@ class StorageMachine(RuleBasedStateMachine):
         if step == table.step + 1:
             table.apply_gradients(keys, gradients)
         assert rows == len(table)
+        self.compare()
+
+    @rule(chosen=together, delay=st.sampled_from([0.0, 0.001, 0.003, 0.01]))
+    def kill_during_a_call_on_several_groups(
+        self, chosen: list[tuple[int, tuple[int, int, int]]], delay: float
+    ) -> None:
+        """All of them have learnt, or none has."""
+        self.session.start("apply_together", [updates_of(*update) for update in chosen])
+        acknowledged, in_mode_commit = self.kill_soon(delay)
+        numbers = self.session("numbers")
+        learnt = {
+            numbers[group][1] > self.oracle.tables[group].step for group, batch in chosen if keys_of(group, batch).size
+        }
+        assert len(learnt) <= 1, f"some groups have learnt and some have not: {numbers}"
+        if not in_mode_commit:
+            if acknowledged:
+                assert False not in learnt
+            if True in learnt:
+                self.learn_together(chosen)
         self.compare()
 
     @rule(group=groups, batch=batches(most=250), delay=st.sampled_from([0.0, 0.001, 0.003, 0.01]))

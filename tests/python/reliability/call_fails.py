@@ -333,6 +333,7 @@ def follow(
             made += kept(base, expect(oracle, [operation]), -1)
             oracle.last_may_be_missing = operation.verb in (
                 "apply_gradients",
+                "apply_together",
                 "lookup",
                 "import_rows",
                 "erase",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ class Operation:
     lr: float | None = None
     number: int = 0  # the step of a commit or checkpoint, the time of set_now
     extra: bytes = b""
+    parts: tuple[Operation, ...] = ()  # of apply_together: an apply_gradients for each group
 
 
 @dataclass(frozen=True)
@@ -139,22 +140,23 @@ class Oracle:
             self._last_commit,
         )
 
-    def _changed(self, group: int, keys: Sequence[int]) -> None:
-        """Notes an operation that wrote one record."""
+    def _changed(self, changed: Mapping[int, Sequence[int]]) -> None:
+        """Notes an operation that wrote one record: the keys of each group that it changed."""
         self.sequence += 1
-        rows = self.tables[group].rows if keys else {}
-        for key in keys:
-            row = rows.get(key)
-            if (group, key) not in self._versions:
-                self._keys[group].append(key)
-            sequences, versions = self._versions.setdefault((group, key), ([], []))
-            sequences.append(self.sequence)
-            versions.append(None if row is None else row.copied())
+        for group, keys in changed.items():
+            rows = self.tables[group].rows
+            for key in keys:
+                row = rows.get(key)
+                if (group, key) not in self._versions:
+                    self._keys[group].append(key)
+                sequences, versions = self._versions.setdefault((group, key), ([], []))
+                sequences.append(self.sequence)
+                versions.append(None if row is None else row.copied())
         self._numbers.append(self._current_numbers())
 
     def _drop(self, group: int) -> None:
         table = self.tables[group] = _table_of(next(known for known in self.groups if known.group == group))
-        self._changed(group, [key for key in self._keys[group] if self._versions[group, key][1][-1] is not None])
+        self._changed({group: [key for key in self._keys[group] if self._versions[group, key][1][-1] is not None]})
         self._drops.append(self.sequence)
         if isinstance(table, AdmittedTable):
             self._note_filter(group, table)
@@ -173,6 +175,21 @@ class Oracle:
                 del table.rows[key]
         return table
 
+    def _apply(self, updates: Iterable[Operation]) -> None:
+        """One record, of groups that differ; none of a group whose batch is empty."""
+        changed: dict[int, list[int]] = {}
+        for update in updates:
+            if update.keys.size == 0:
+                continue
+            assert update.gradients is not None
+            table = self.table_now(update.group)
+            table.apply_gradients(update.keys, update.gradients, update.lr)
+            distinct = dict.fromkeys(as_uint64(update.keys).ravel().tolist())
+            changed[update.group] = [key for key in distinct if key in table.rows]
+        if changed:
+            self._clock = max(self._clock, self.now)
+            self._changed(changed)
+
     def perform(self, operation: Operation) -> Any:
         """Applies an operation; returns what the call returns."""
         if operation.verb == "set_now":
@@ -180,12 +197,12 @@ class Oracle:
             return None
         if operation.verb == "commit":
             self._last_commit = (operation.number, operation.extra)
-            self._changed(-1, [])
+            self._changed({})
             return None
         if operation.verb in ("expire", "compact"):  # each confirms the clock, and compact takes what expired by it
             before = self.rows_at(self.sequence) if operation.verb == "expire" else {}
             self._clock = max(self._clock, self.now)
-            self._changed(-1, [])
+            self._changed({})
             if operation.verb == "compact":
                 return None
             return sum(len(rows.keys) for rows in before.values()) - sum(self._numbers[-1].rows.values())
@@ -195,9 +212,15 @@ class Oracle:
             self._drop(operation.group)
             return None
         if operation.verb == "lost commit":  # one that failed, in mode commit: its number is gone
-            self._changed(-1, [])
+            self._changed({})
             return None
-        if operation.verb not in ("apply_gradients", "lookup", "lookup_only", "contains", "erase", "import_rows"):
+        if operation.verb == "apply_gradients":
+            self._apply((operation,))
+            return None
+        if operation.verb == "apply_together":
+            self._apply(operation.parts)
+            return None
+        if operation.verb not in ("lookup", "lookup_only", "contains", "erase", "import_rows"):
             return None
         table = self.table_now(operation.group)
         if operation.verb == "lookup_only":
@@ -210,14 +233,14 @@ class Oracle:
             count = table.erase(operation.keys)
             if gone:
                 self._clock = table.now
-                self._changed(operation.group, gone)
+                self._changed({operation.group: gone})
             return count
         if operation.verb == "lookup":
             without = [key for key in distinct if key not in table.rows]
             weights = table.lookup(operation.keys)
             if without:  # each gets a row, or is counted by the filter
                 self._clock = table.now
-                self._changed(operation.group, [key for key in without if key in table.rows])
+                self._changed({operation.group: [key for key in without if key in table.rows]})
                 if isinstance(table, AdmittedTable):
                     self._note_filter(operation.group, table)
             return weights
@@ -225,15 +248,11 @@ class Oracle:
             return None
         self._clock = table.now
         assert operation.gradients is not None
-        if operation.verb == "apply_gradients":
-            table.apply_gradients(operation.keys, operation.gradients, operation.lr)
-            self._changed(operation.group, [key for key in distinct if key in table.rows])
-            return None
         assert operation.counts is not None
         for key, values, count in zip(distinct, operation.gradients, operation.counts.tolist(), strict=True):
             state = {name: block[0] for name, block in table.optimizer.initial_state(1, table.dimension).items()}
             table.rows[key] = ReferenceRow(values.copy(), state, count, table.step, table.now)
-        self._changed(operation.group, distinct)
+        self._changed({operation.group: distinct})
         return None
 
     # ------------------------------------------------------------- the past

@@ -41,8 +41,9 @@ INTRODUCTION = """\
 What the storage promises when a process dies, the power goes, a disk is full or damaged, and how often each was
 tried. Written by `scripts/soak`, which goes on where it was stopped; `scripts/soak NAME --seed N` shows a case again
 (of `fuzz`, a file in `build/fuzz/findings`). Cases of `fuzz` look for crashes, those of the bad-input matrices at
-errors and at what has changed; every other case compares every row, bit for bit, with an oracle in NumPy that shares
-no code with the core ([`tests/python/reliability`](../tests/python/reliability)).
+errors and at what has changed, those of `torch-kill` compare all with a training that was left alone; every other case
+compares every row, bit for bit, with an oracle in NumPy that shares no code with the core
+([`tests/python/reliability`](../tests/python/reliability)).
 
 | suite | promise | done | failures | commit | seeds |
 |---|---|---|---|---|---|

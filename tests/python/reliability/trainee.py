@@ -68,6 +68,14 @@ class Trainee:
             self.embeddings[number] = dropped
             raise
 
+    def apply_together(self, updates: Iterable[Operation]) -> None:
+        """As the front for torch does at the end of a backward pass."""
+        items = [
+            (self.embedding(update.group)._table, [(_core.Batch(update.keys), update.gradients)], update.lr)
+            for update in updates
+        ]
+        self.storage._core.backward_many(items)
+
     def perform(self, operation: Operation) -> Any:
         """The call; what it returns, in a form that is compared with digest()."""
         verb = operation.verb
@@ -87,6 +95,8 @@ class Trainee:
             return getattr(self.storage, verb)()
         if verb == "verify":  # rows that have expired may be among those that it counts
             return self.storage.verify().damages
+        if verb == "apply_together":
+            return self.apply_together(operation.parts)
         embedding = self.embedding(operation.group)
         if verb == "dump":
             self.storage.dump(self.base / "dumps" / f"{operation.number}.bin", group=operation.group)

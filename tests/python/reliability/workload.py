@@ -124,9 +124,9 @@ def draw_options(random: np.random.Generator, shape: Shape) -> dict[str, Any]:
 
 # verb, weight
 _VERBS = {
-    "apply_gradients": 44, "lookup": 16, "import_rows": 3, "erase": 8, "commit": 7, "set_now": 4, "lookup_only": 4,
-    "contains": 2, "prefetch": 2, "scan": 2, "dump": 2, "checkpoint": 4, "reopen": 2, "open_group": 2, "expire": 2,
-    "compact": 1, "verify": 1, "drop_group": 1,
+    "apply_gradients": 38, "apply_together": 10, "lookup": 16, "import_rows": 3, "erase": 8, "commit": 7, "set_now": 4,
+    "lookup_only": 4, "contains": 2, "prefetch": 2, "scan": 2, "dump": 2, "checkpoint": 4, "reopen": 2, "open_group": 2,
+    "expire": 2, "compact": 1, "verify": 1, "drop_group": 1,
 }  # fmt: skip
 
 
@@ -185,6 +185,11 @@ class Workload:
             # Now and then more rows than may be in memory at once; where it is about bytes more often, to fill the log.
             most = self.shape.batch * (4 if self.random.random() < (0.2 if self.shape is TIGHT else 0.05) else 1)
             return self._apply(group, self._keys(group, most))
+        if verb == "apply_together":
+            count = int(self.random.integers(1, len(self._open) + 1))
+            chosen = [self._open[place] for place in self.random.permutation(len(self._open))[:count]]
+            parts = tuple(self._apply(group, self._keys(group, self.shape.batch)) for group in chosen)
+            return Operation(verb, parts=parts)
         if verb in ("lookup", "lookup_only", "contains", "erase", "prefetch"):
             most = self.shape.batch if verb != "erase" else self.shape.batch // 2
             return Operation(verb, group.group, self._keys(group, most))
