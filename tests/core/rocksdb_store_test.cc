@@ -163,10 +163,29 @@ TEST_CASE("rocksdb store: a directory that lost CURRENT or COMMITTED is not take
     fs::remove(path / name);
     CHECK_THROWS_AS(open_rocksdb_store(options_for(path)), CorruptionError);
     write_file_atomically(path / name, "rubbish");
-    CHECK_THROWS_AS(open_rocksdb_store(options_for(path)), Error);
+    CHECK_THROWS_AS(open_rocksdb_store(options_for(path)), CorruptionError);
     write_file_atomically(path / name, good);
     CHECK(tables_in(path).size() == 1);
   }
+  CHECK(read(*open_rocksdb_store(options_for(path)), sorted_keys(0, 500)).size() == 500);
+}
+
+TEST_CASE("rocksdb store: a manifest that is lost is damage, and so is a CURRENT that names none that is there") {
+  TemporaryDirectory directory;
+  const auto path = directory / "store";
+  commit(*open_rocksdb_store(options_for(path)), numbered(0, 500));
+  const std::string good = read_file(path / "CURRENT", 2000);
+  const fs::path manifest = path / good.substr(0, good.size() - 1);
+  write_file_atomically(path / "CURRENT", "MANIFEST-000999\n");
+  CHECK_THROWS_WITH_AS(open_rocksdb_store(options_for(path)), doctest::Contains("MANIFEST-000999"), CorruptionError);
+  write_file_atomically(path / "CURRENT", good);
+  fs::rename(manifest, directory / "aside");
+  for (const bool read_only : {false, true}) {
+    StoreOptions options = options_for(path);
+    options.read_only = read_only;
+    CHECK_THROWS_WITH_AS(open_rocksdb_store(options), doctest::Contains(manifest.filename().c_str()), CorruptionError);
+  }
+  fs::rename(directory / "aside", manifest);
   CHECK(read(*open_rocksdb_store(options_for(path)), sorted_keys(0, 500)).size() == 500);
 }
 

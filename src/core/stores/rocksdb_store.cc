@@ -703,7 +703,7 @@ class RocksdbStore final : public Store {
   std::shared_ptr<Engine> engine_;
 };
 
-// Deletes and writes nothing. CorruptionError when the manifest does not know the commit of the mark.
+// Deletes and writes nothing. CorruptionError when a file is missing, or the manifest does not know the mark's commit.
 std::unique_ptr<rocksdb::DB> RocksdbStore::open_read_only(uint64_t committed) const {
   const fs::path& directory = engine_->settings.directory;
   rocksdb::Options options = engine_->options;
@@ -716,6 +716,10 @@ std::unique_ptr<rocksdb::DB> RocksdbStore::open_read_only(uint64_t committed) co
   rocksdb::DB* raw = nullptr;
   const rocksdb::Status status = rocksdb::DB::OpenForReadOnly(options, directory.string(), &raw);
   std::unique_ptr<rocksdb::DB> db(raw);
+  // CURRENT names a manifest, which names tables: to RocksDB one that is missing is an I/O error.
+  if (std::error_code ignored; status.IsPathNotFound() && fs::exists(directory, ignored))
+    throw CorruptionError("[open] " + directory.string() + ": " + status.ToString() +
+                          " (RocksDB's file CURRENT, or a file that it leads to, is damaged or lost)");
   check("open", directory, status);
   if (const uint64_t known = db->GetLatestSequenceNumber(); known < committed)
     throw CorruptionError("[open] " + directory.string() + ": the manifest ends at sequence number " +
