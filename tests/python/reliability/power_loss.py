@@ -49,6 +49,8 @@ class Recorded:
     durability: str
     before: Moment
     closed: bool  # at its end
+    opened: int  # how many events there were by then
+    replaced: Oracle | None  # what was there before a checkpoint was restored in its place
 
     def moments_at(self, done: int, issued: int) -> list[Moment]:
         """In mode commit: what it may go back to."""
@@ -94,7 +96,28 @@ class PowerLoss(ServedSuite):
         shape = draw_shape(random, tight=0.1)
         with scratch() as directory:
             origin = make_base(directory / "origin")
-            self.explore(seed, random, shape, origin, Oracle(shape.groups, shape.start), set(), 0, STATES)
+            oracle = Oracle(shape.groups, shape.start)
+            restored = self.make_checkpoint(seed, random, shape, origin, oracle) if random.random() < 0.2 else None
+            self.explore(seed, random, shape, origin, oracle, set(), 0, STATES, restored)
+
+    def make_checkpoint(
+        self, seed: int, random: np.random.Generator, shape: Shape, origin: Path, oracle: Oracle
+    ) -> tuple[Path, Oracle]:
+        """Trains, makes one on the way, and closes; nothing is lost here. Returns it, with what it is of."""
+        workload = Workload([seed, 13], shape, first_number=900_000_000)
+        operations = [*workload.fill(), *workload.draw(25), Operation("checkpoint", number=1), *workload.draw(15)]
+        session = self.server.session()
+        try:
+            ask(session, trainee.open_storage, origin, shape.name, draw_options(random, shape))
+            session.start("call", trainee.train, operations, oracle.now, "")
+            told = listen(session)
+            assert told.ended, f"{told}"
+            ask(session, trainee.close)
+        finally:
+            session.kill()
+        expected = expect(oracle, operations, told)
+        kept_one = oracle.from_moment(Moment(expected.checkpoints[1], (1, b""), None))
+        return origin / "checkpoints" / "1", kept_one
 
     def explore(
         self,
@@ -106,9 +129,13 @@ class PowerLoss(ServedSuite):
         groups: set[int],
         depth: int,
         states: int,
+        restored: tuple[Path, Oracle] | None = None,
     ) -> None:
-        """Records a run from `origin`, which holds what the oracle has now, and looks at what losses leave of it."""
-        run = self.record(seed, random, shape, origin, oracle, groups, depth)
+        """Records a run from `origin`, which holds what the oracle has now, and looks at what losses leave of it.
+
+        `restored`: a checkpoint that takes its place first, and what that is of.
+        """
+        run = self.record(seed, random, shape, origin, oracle, groups, depth, restored)
         disk = Disk(origin)
         at = 0
         for number, position in enumerate(sorted(self._positions(random, run, states))):
@@ -123,7 +150,7 @@ class PowerLoss(ServedSuite):
             base.mkdir()
             disk.after(Loss(kind, random, disk.time), base)
             make_base(base)
-            deeper = depth + 1 < DEPTH and number % 6 == 5
+            deeper = depth + 1 < DEPTH and number % 6 == 5 and not (run.replaced and position < run.opened)
             try:
                 found = self.check(random, shape, run, position, kind == "nothing", base, keep=not deeper)
                 self.done["disks"] += 1
@@ -154,7 +181,11 @@ class PowerLoss(ServedSuite):
         oracle: Oracle,
         groups: set[int],
         depth: int,
+        restored: tuple[Path, Oracle] | None,
     ) -> Recorded:
+        replaced = None
+        if restored is not None:
+            replaced, oracle = oracle, restored[1]
         options = draw_options(random, shape)
         number = next(self._runs)
         workload = Workload([seed, 12, int(random.integers(2**31))], shape, first_number=1_000_000 * number)
@@ -165,7 +196,13 @@ class PowerLoss(ServedSuite):
             session = self.server.session()
             try:
                 ask(session, trainee.watch, base, journal)
-                sequence = ask(session, trainee.open_storage, base, shape.name, options)
+                checkpoint = None if restored is None else base / restored[0].relative_to(origin)
+                sequence = ask(session, trainee.open_storage, base, shape.name, options, checkpoint)
+                if checkpoint is not None:
+                    found = ask(session, trainee.look)
+                    oracle.compare(found, sequence, sequence)
+                    groups = found.groups
+                    self.done["checkpoints restored"] += 1
                 assert sequence == oracle.sequence, f"opened twice: {oracle.sequence}, then {sequence}"
                 # Sometimes a sync fails, and is the end of it: the call says so, or the next one.
                 fails = bool(random.random() < 0.2)
@@ -189,7 +226,12 @@ class PowerLoss(ServedSuite):
         floor, before = oracle.sequence, oracle.moment(groups)
         expected = expect(oracle, operations, told)
         durability = options["durability"]
-        return Recorded(origin, events, oracle, floor, operations, expected, durability, before, closed)
+        opened = next(
+            place for place, event in enumerate(events, 1) if event.type == "K" and event.numbers[0] == ord("o")
+        )
+        return Recorded(
+            origin, events, oracle, floor, operations, expected, durability, before, closed, opened, replaced
+        )
 
     _runs = itertools.count(1)
 
@@ -212,6 +254,9 @@ class PowerLoss(ServedSuite):
         session = self.server.session()
         try:
             found = ask(session, trainee.recover, opened, shape.name, draw_options(random, shape), inspect=2)
+            if run.replaced is not None and position < run.opened and found.sequence == run.replaced.sequence:
+                run.replaced.compare(found, found.sequence, found.sequence)
+                return found
             if run.durability == "commit":
                 run.oracle.compare_moments(found, run.moments_at(done, issued))
             else:

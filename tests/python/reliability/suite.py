@@ -218,9 +218,10 @@ def expect(oracle: Oracle, operations: list[Operation], told: Told | None = None
         if operation.verb == "drop_group":
             open_groups.discard(operation.group)
             expected.dropped.append((place, operation.group))
-        elif operation.group >= 0:
-            open_groups.add(operation.group)
-            expected.opened.append((place, operation.group))
+        else:
+            for group in {operation.group, *(part.group for part in operation.parts)} - {-1}:
+                open_groups.add(group)
+                expected.opened.append((place, group))
         # A group is saved by the first operation after its opening that writes a record, or that reads one moment.
         if oracle.sequence > before or operation.verb in ("scan", "dump", "checkpoint", "verify", "reopen"):
             expected.saved += [(place, group) for group in open_groups]
@@ -283,6 +284,8 @@ def check_kept(server: ForkServer, what: Kept, shape: Shape, options: dict[str, 
         _check_dump(what, oracle)
     else:
         _check_checkpoint(server, what.path, shape, options, oracle, what.sequence, what.sequence)
+        if dense := trainee.dense_part(int(what.path.name)):
+            assert (what.path / trainee.DENSE).read_bytes() == dense, f"{what.path} has another dense part"
     return True
 
 
