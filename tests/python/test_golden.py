@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 import damo_embedding as de
 from golden import ADDED, DATA, contents, groups_of, train
@@ -19,8 +22,20 @@ pytestmark = pytest.mark.core
 ARCHIVES = sorted(path.name.removesuffix(".tar.xz") for path in DATA.glob("*.tar.xz"))
 
 
-def test_there_is_an_archive_of_each_version_of_the_manifest() -> None:
-    assert ARCHIVES == ["filters", "plain"]
+def test_there_is_an_archive_of_each_version_of_the_manifest(tmp_path: Path) -> None:
+    versions = set()
+    for name in ARCHIVES:
+        path = Golden(name, tmp_path / name).base / "closed"
+        manifest = next(path.glob("generation-*/MANIFEST"))
+        data = manifest.read_bytes()
+        versions.add(struct.unpack_from("<I", data, 8)[0])
+    newer = data[:8] + struct.pack("<I", 1_000) + data[12:-8]
+    manifest.write_bytes(newer + struct.pack("<Q", xxhash.xxh3_64_intdigest(newer, 0)))
+    with pytest.raises(de.NewerVersionError) as refused:
+        de.Storage(path, memory="16MiB")
+    known = re.search(r"this one reads up to (\d+)", str(refused.value))
+    assert known is not None
+    assert versions == set(range(1, int(known[1]) + 1))
 
 
 class Golden:

@@ -12,12 +12,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import damo_embedding as de
+from reliability.mounts import Ext4, Tmpfs
+from reliability.suite import SkippedError
 
 BEGIN = """
 import multiprocessing, os, resource, signal, sys, threading, time, warnings
@@ -333,6 +336,69 @@ def test_nothing_is_reported_as_done_in_a_directory_that_was_removed(path: Path,
             change()
     assert not path.exists()
     assert not path.with_name("checkpoint").exists()
+
+
+@pytest.mark.parametrize("durability", ["commit", "logged", "durable"])
+def test_nothing_is_reported_as_done_on_a_disk_that_was_unmounted(tmp_path: Path, durability: str) -> None:
+    try:
+        disk = Tmpfs(tmp_path / "disk", megabytes=64)
+    except SkippedError as reason:
+        pytest.skip(str(reason))
+    path = disk.directory / "table.damo"
+    storage = de.Storage(path, memory="16MiB", durability=durability)
+    embedding = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=16, group=1)
+    keys, ones = np.arange(5), np.ones((5, 16), np.float32)
+    embedding.apply_gradients(keys, ones)
+    subprocess.run(["umount", "--lazy", disk.directory], check=True)
+    changes: list[Callable[[], object]] = [
+        lambda: embedding.apply_gradients(keys, ones),
+        lambda: storage.commit(step=1),
+        storage.close,
+    ]
+    for change in changes:
+        with pytest.raises(de.StorageError, match="was moved, removed or replaced by another program"):
+            change()
+    assert list(disk.directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("durability", ["commit", "logged", "durable"])
+def test_a_disk_that_goes_away_beneath_a_storage_is_told_and_loses_no_commit(tmp_path: Path, durability: str) -> None:
+    """Every call of it fails from then on, as of a cable that was pulled; then it is back."""
+    try:
+        disk = Ext4(tmp_path / "image", tmp_path / "disk", megabytes=64)
+        disk.mount()
+    except SkippedError as reason:
+        pytest.skip(str(reason))
+    try:
+        path = disk.directory / "table.damo"
+        storage = de.Storage(path, memory="16MiB", durability=durability)
+        embedding = de.Embedding(storage, de.SGD(lr=1.0), de.Zeros(), dimension=16, group=1)
+        keys, ones = np.arange(5), np.ones((5, 16), np.float32)
+        embedding.apply_gradients(keys, ones)
+        storage.commit(step=1)
+        try:
+            disk.lose_power()
+        except SkippedError as reason:
+            storage.close()
+            pytest.skip(str(reason))
+        with suppress(de.StorageError):  # an append may go well, into the page cache
+            embedding.apply_gradients(keys, ones)
+        with pytest.raises(de.StorageError):
+            storage.commit(step=2)
+        found = embedding.lookup(keys, insert=False)  # they are in memory, with the update or without
+        assert found.tobytes() in {(-ones).tobytes(), (-2 * ones).tobytes()}
+        with pytest.raises(de.StorageError):
+            storage.commit(step=3)
+        with suppress(de.StorageError):
+            storage.close()
+        disk.unmount()
+        disk.mount()
+        with de.Storage(path, memory="16MiB") as again:
+            assert again.last_commit == (1, b"")
+            embedding = de.Embedding(again, de.SGD(lr=1.0), de.Zeros(), dimension=16, group=1)
+            assert embedding.lookup(keys, insert=False).tobytes() == (-ones).tobytes()
+    finally:
+        disk.unmount()
 
 
 @pytest.mark.parametrize("durability", ["commit", "logged"])
