@@ -210,8 +210,10 @@ void SegmentReader::read_head(const StorageId& storage_id) {
 }
 
 std::optional<std::string> SegmentReader::read(LogRecord& record) {
+  constexpr const char* kShorter = "the file became shorter while it was read";
   const uint64_t left = file_bytes_ - offset_;
   if (left < kRecordHeaderBytes) return "the file ends inside a record's header";
+  if (!fetch(kRecordHeaderBytes)) return kShorter;
   ByteReader header(peek(kRecordHeaderBytes), source_, offset_);
   const auto body_bytes = header.get<uint64_t>();
   record.sequence = header.get<uint64_t>();
@@ -223,6 +225,7 @@ std::optional<std::string> SegmentReader::read(LogRecord& record) {
   if (body_bytes > room || record_padding(body_bytes) > room - body_bytes)
     return "a record of " + std::to_string(body_bytes) + " bytes, " + std::to_string(room) + " are left";
   record_bytes_ = kRecordHeaderBytes + body_bytes + record_padding(body_bytes);
+  if (!fetch(record_bytes_)) return kShorter;
   const Bytes whole = peek(record_bytes_);
   record.body = whole.subspan(kRecordHeaderBytes, body_bytes);
   Checksum checksum(seed_);
@@ -242,8 +245,13 @@ void SegmentReader::skip(uint64_t size) {
 }
 
 Bytes SegmentReader::peek(uint64_t size) {
+  if (!fetch(size)) throw_damaged(source_, offset_ + end_ - begin_, "the file became shorter while it was read");
+  return {buffer_.get() + begin_, size};
+}
+
+bool SegmentReader::fetch(uint64_t size) {
   const size_t have = end_ - begin_;
-  if (have >= size) return {buffer_.get() + begin_, size};
+  if (have >= size) return true;
   if (size > capacity_) {
     const size_t capacity = std::max<uint64_t>(size, std::min<uint64_t>(kBufferBytes, file_bytes_));
     std::unique_ptr<std::byte[]> larger;
@@ -261,8 +269,7 @@ Bytes SegmentReader::peek(uint64_t size) {
   }
   begin_ = 0;
   end_ = have + file_.read_at({buffer_.get() + have, capacity_ - have}, offset_ + have);
-  if (end_ < size) throw_damaged(source_, offset_ + end_, "the file became shorter while it was read");
-  return {buffer_.get(), size};
+  return end_ >= size;
 }
 
 void read_records(SegmentReader& reader, const std::filesystem::path& path, bool is_newest, uint64_t& last,

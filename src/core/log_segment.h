@@ -90,7 +90,8 @@ class SegmentReader {
 
  private:
   void read_head(const StorageId& storage_id);
-  Bytes peek(uint64_t size);  // the next bytes, at a multiple of 8 in memory as in the file; valid until the next peek
+  Bytes peek(uint64_t size);  // the next bytes, at a multiple of 8 in memory as in the file; valid until the next fetch
+  bool fetch(uint64_t size);  // so that peek has them; false when the file has them no more
   void skip(uint64_t size);
 
   const FileDescriptor& file_;

@@ -48,7 +48,6 @@ namespace fs = std::filesystem;
 
 // A writer that cuts its log without a pause lets a view through every few milliseconds.
 constexpr int kAttempts = 100;
-constexpr int kRedoAttempts = 3;
 constexpr std::chrono::milliseconds kPause{10};  // between two of them, at most
 constexpr size_t kVerifyCache = size_t{1} << 20;
 
@@ -164,15 +163,10 @@ Storage::View Storage::hold_view(const StorageDirectory& directory, size_t cache
 
 std::unique_ptr<Storage> Storage::open_read_only(const fs::path& path, const StorageOptions& options) {
   const size_t cache_bytes = Budget(options.memory_bytes).cache;
-  const fs::path whole = StorageDirectory(path, OpenMode::kReadOnly).path();
-  // Once more also when the log, which is read last, turns out to have lost its end: an append that found the disk full
-  // was taken back.
-  return look_beside_a_writer(whole, kRedoAttempts, [&] {
-    auto storage =
-        std::make_unique<Storage>(Private{}, std::make_unique<StorageDirectory>(path, OpenMode::kReadOnly), options);
-    storage->open_view(hold_view(*storage->directory_, cache_bytes - cache_bytes / 4));
-    return storage;
-  });
+  auto storage =
+      std::make_unique<Storage>(Private{}, std::make_unique<StorageDirectory>(path, OpenMode::kReadOnly), options);
+  storage->open_view(hold_view(*storage->directory_, cache_bytes - cache_bytes / 4));
+  return storage;
 }
 
 void Storage::open_view(View view) {

@@ -299,6 +299,8 @@ VerifyReport Storage::verify() {
             const DecodedRow row = decode_row(key, value, shape.num_floats());
             alive += expiry.alive(row.header.time, row.header.step);
             ++report.rows;
+          } catch (const NewerVersionError&) {
+            throw;
           } catch (const CorruptionError& wrong) {
             report.damages.push_back(range_of(cold.string(), spec, key, key, wrong.what()));
           }
@@ -367,6 +369,8 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
   Manifest manifest;
   try {
     manifest = read_manifest(generation / "MANIFEST");
+  } catch (const NewerVersionError&) {
+    throw;
   } catch (const Error& wrong) {
     if (manifest_of.empty())
       throw CorruptionError(
@@ -425,6 +429,8 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
                 newest_row = std::max(newest_row, header.sequence);
                 newest_time = std::max(newest_time, header.time);
                 newest_steps[spec.table_id] = std::max<uint64_t>(newest_steps[spec.table_id], header.step);
+              } catch (const NewerVersionError&) {
+                throw;
               } catch (const CorruptionError& wrong) {
                 report.lost.push_back(range_of(cold.string(), spec, key, key, wrong.what()));
                 ranges.push_back({spec.table_id, key, key});

@@ -43,6 +43,8 @@ void take(Tiers& tiers, Batch& batch, std::span<const uint32_t> rows, const Tier
 
 // Changes memory after the record is in the log. Only memory can run out here: then the storage latches, while the
 // structure lock is still held, so that no row of which only a part was changed is ever written; redo does it all.
+// (Where rows are brought in part by part after the record, it is around all of that, too: nothing more may happen
+// then.)
 template <class Change>
 void after_log(Tiers& tiers, Change&& change) {
   try {
@@ -245,7 +247,7 @@ void Table::create(Batch& batch, std::span<const uint32_t> rows, std::optional<u
       after_log(tiers, [&] {
         for_each_chunk(absent, chunk_rows, [&](std::span<const uint32_t> chunk) {
           const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true, Tiers::kStillAbsent);
-          tiers.create_rows(shape_, batch, prepared, sequence, step_, time);
+          after_log(tiers, [&] { tiers.create_rows(shape_, batch, prepared, sequence, step_, time); });
           take(tiers, batch, chunk, prepared, dimension, out);
         });
       });
@@ -324,7 +326,7 @@ std::vector<uint32_t> Table::admit(Admission& admission, Batch& batch, std::vect
       without = std::move(refused);
       for_each_chunk(admitted, chunk_rows, [&](std::span<const uint32_t> chunk) {
         const Tiers::Prepared prepared = tiers.prepare(shape_, expiry, batch, chunk, true, Tiers::kStillAbsent);
-        tiers.create_rows(shape_, batch, prepared, sequence, step_, time);
+        after_log(tiers, [&] { tiers.create_rows(shape_, batch, prepared, sequence, step_, time); });
         take(tiers, batch, chunk, prepared, dimension, out);
       });
       count({record.unit, record.alive_since, {{record.bucket, static_cast<int64_t>(admitted.size())}}});
@@ -615,8 +617,8 @@ struct Table::Change {
     }
     if (requests.size() > 1) return tiers.prepare_together(requests);
     const Change& only = changes.front();
-    std::vector<Tiers::Prepared> prepared;
-    prepared.push_back(tiers.prepare(only.table.shape_, only.expiry, only.batch, only.rows, only.create));
+    std::vector<Tiers::Prepared> prepared(1);
+    prepared[0] = tiers.prepare(only.table.shape_, only.expiry, only.batch, only.rows, only.create);
     return prepared;
   }
 };
@@ -667,7 +669,7 @@ void Table::operate(std::span<Change> changes, const std::function<void()>& log)
       c.table.count(c.effect);
       for_each_chunk(c.rows, tiers.chunk_rows(c.table.shape_), [&](std::span<const uint32_t> part) {
         const Tiers::Prepared prepared = tiers.prepare(c.table.shape_, c.expiry, c.batch, part, c.create);
-        c.change(part, prepared);
+        after_log(tiers, [&] { c.change(part, prepared); });
       });
     }
   });

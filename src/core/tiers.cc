@@ -16,6 +16,7 @@ namespace {
 constexpr size_t kColdChunk = 16384;  // rows of one read of the cold tier: bounds what is in flight
 constexpr auto kLookAgain =
     std::chrono::milliseconds(100);  // a failure is told without the lock: a wake-up may be missed
+constexpr int kTogetherRounds = 4;
 constexpr size_t kUpdateChunk = 64;  // rows handed to the optimizer at a time: their headers stay in cache
 constexpr size_t kCopyChunk = 1024;  // rows encoded at a time under the structure lock: bounds the pause
 
@@ -377,41 +378,50 @@ Tiers::Prepared Tiers::prepare(const TableShape& shape, const Expiry& expiry, co
 std::optional<std::vector<Tiers::Prepared>> Tiers::prepare_together(std::span<const Request> requests) {
   std::vector<Search> searches(requests.size());
   std::vector<Prepared> prepared(requests.size());
+  double share = 0;  // of all memory
   for (size_t i = 0; i < requests.size(); ++i) {
-    searches[i].absent.assign(requests[i].batch.num_rows(), Search::kUnknown);
-    prepared[i].slots.assign(requests[i].batch.num_rows(), kNoSlot);
+    const auto& [shape, expiry, batch, rows, create] = requests[i];
+    searches[i].absent.assign(batch.num_rows(), Search::kUnknown);
+    prepared[i].slots.assign(batch.num_rows(), kNoSlot);
+    share += static_cast<double>(rows.size()) / static_cast<double>(chunk_rows(shape)) / 4;
   }
   std::unique_lock structure(structure_);
-  // What a lookup has just left in memory is there at once. Else each table brings its rows in as if it were alone,
-  // waiting for memory as it must; then either all are there, or they push each other out.
-  for (const bool last : {false, true}) {
+  // What a lookup has just left in memory is there at once. Else each table brings its rows in as if it were alone, and
+  // room is made for the new rows of all. After some rounds of that they push each other out.
+  for (int round = 0;; ++round) {
     throw_if_failed();
-    bool found = true;
+    size_t missing = 0;
+    std::map<size_t, size_t> new_rows;  // by the size of their slots
     for (size_t i = 0; i < requests.size(); ++i) {
       find_rows(requests[i], searches[i], prepared[i]);
-      found = found && searches[i].misses.empty();
+      missing += searches[i].misses.size();
+      new_rows[hot_.slot_bytes(requests[i].shape.num_floats())] += searches[i].need_slot.size();
     }
-    if (found && reserve(requests, searches, prepared)) {
+    if (missing == 0 && reserve(requests, searches, prepared)) {
       prepared.front().structure = std::move(structure);
       return prepared;
     }
-    if (last) break;
+    if (round == kTogetherRounds || share > (missing == 0 ? 0.25 : 0.75)) return std::nullopt;
     structure.unlock();
     for (size_t i = 0; i < requests.size(); ++i) {
-      const Request& request = requests[i];
-      const size_t slot_bytes = hot_.slot_bytes(request.shape.num_floats());
-      const size_t to_create = searches[i].need_slot.size();
-      if (searches[i].misses.empty() && to_create == 0) continue;
-      structure.lock();
-      working_slot_bytes_ = slot_bytes;
-      working_rows_ = request.rows.size();
-      structure.unlock();
-      if (!searches[i].misses.empty()) read_misses(request, searches[i]);
-      if (to_create != 0) wait_for_slots(slot_bytes, to_create);
+      if (searches[i].misses.empty()) continue;
+      note_work(requests[i]);
+      read_misses(requests[i], searches[i]);
     }
+    if (missing == 0)
+      for (const auto& [slot_bytes, count] : new_rows) {
+        if (count == 0) continue;
+        ++counters_.write_waits;
+        wait_for_slots(slot_bytes, count);
+      }
     structure.lock();
   }
-  return std::nullopt;
+}
+
+void Tiers::note_work(const Request& request) {
+  const std::lock_guard lock(structure_);
+  working_slot_bytes_ = hot_.slot_bytes(request.shape.num_floats());
+  working_rows_ = request.rows.size();
 }
 
 void Tiers::find_rows(const Request& request, Search& search, Prepared& prepared) {
@@ -460,22 +470,24 @@ bool Tiers::reserve(std::span<const Request> requests, std::span<const Search> s
     std::vector<Slot> all{};
   };
   std::map<size_t, Slots> by_size;  // several tables may have rows of the same
+  size_t needed = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
-    if (searches[i].need_slot.empty()) continue;
+    needed += searches[i].need_slot.size();
     by_size[hot_.slot_bytes(requests[i].shape.num_floats())].needed += searches[i].need_slot.size();
     prepared[i].fresh.reserve(prepared[i].fresh.size() + searches[i].need_slot.size());
   }
-  if (by_size.empty()) return true;
   const auto give_back = [&] {
     for (const auto& [slot_bytes, slots] : by_size)
       for (const Slot slot : slots.all) hot_.free(slot);
   };
   try {
+    // Of none, too: so the evictor hears when memory is short.
     for (auto& [slot_bytes, slots] : by_size)
       if (allocate(slot_bytes, slots.needed, slots.all) < slots.needed) {
         give_back();
         return false;
       }
+    if (needed == 0) return true;
     std::vector<uint32_t> per_shard(hot_.num_shards(), 0);
     for (size_t i = 0; i < requests.size(); ++i)
       for (const uint32_t r : searches[i].need_slot) ++per_shard[hot_.shard_of(requests[i].batch.mixed[r])];
@@ -516,55 +528,53 @@ void Tiers::read_misses(const Request& request, Search& search) {
     const size_t size = std::min(kColdChunk, misses.size() - begin);
     std::vector<StoredKey> keys;
     for (size_t i = 0; i < size; ++i) keys.push_back(StoredKey::make(table_id, batch.mixed[misses[begin + i]]));
-    std::vector<Slot> slots;
+    HeldSlots held{*this, {}};
+    std::vector<Slot>& slots = held.slots;
     while (slots.size() < size) {
       {
         const std::lock_guard lock(structure_);
         allocate(slot_bytes, size - slots.size(), slots);
       }
       if (slots.size() < size) {
-        try {
-          ++counters_.write_waits;
-          wait_for_slots(slot_bytes, size - slots.size());
-        } catch (...) {
-          const std::lock_guard lock(structure_);
-          for (const Slot slot : slots) hot_.free(slot);
-          throw;
-        }
+        ++counters_.write_waits;
+        wait_for_slots(slot_bytes, size - slots.size());
       }
     }
     std::vector<Found> found(size, Found::kNowhere);
-    std::exception_ptr error;
-    try {
-      read_cold(keys, [&](size_t i, Bytes value) {
-        const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
-        if (!expiry.alive(decoded.header.time, decoded.header.step)) return;
-        fill_from(shape, keys[i], decoded, *hot_.row(slots[i]));
-        found[i] = decoded.header.has_floats ? Found::kFloats : Found::kFirstFloats;
-      });
-    } catch (...) {
-      error = std::current_exception();
-    }
-    const std::lock_guard lock(structure_);
-    for (size_t i = 0; i < size; ++i) {
-      const uint32_t r = misses[begin + i];
-      const uint64_t mixed = batch.mixed[r];
-      const bool came_in = hot_.find(hot_.shard(hot_.shard_of(mixed)), table_id, mixed) != kNoSlot;
-      if (error || came_in || removed_since(mixed, epoch)) {
-        hot_.free(slots[i]);  // looked for again
-      } else if (found[i] != Found::kNowhere) {
+    read_cold(keys, [&](size_t i, Bytes value) {
+      const DecodedRow decoded = decode_row(keys[i], value, shape.num_floats());
+      if (!expiry.alive(decoded.header.time, decoded.header.step)) return;
+      fill_from(shape, keys[i], decoded, *hot_.row(slots[i]));
+      found[i] = decoded.header.has_floats ? Found::kFloats : Found::kFirstFloats;
+    });
+    {
+      const std::lock_guard lock(structure_);
+      for (size_t i = 0; i < size; ++i) {
+        const uint32_t r = misses[begin + i];
+        const uint64_t mixed = batch.mixed[r];
+        const bool came_in = hot_.find(hot_.shard(hot_.shard_of(mixed)), table_id, mixed) != kNoSlot;
+        if (came_in || removed_since(mixed, epoch)) continue;  // looked for again
+        if (found[i] == Found::kNowhere) {
+          search.absent[r] = epoch;
+          continue;
+        }
         // Not to leave again before it is used: the hand has to pass three times.
         hot_.row(slots[i])->referenced.store(HotRow::kMaxReferenced, std::memory_order_relaxed);
         add_row(slots[i], found[i] == Found::kFloats);
+        slots[i] = kNoSlot;  // the row's now
         ++counters_.cold_hits;
-      } else {
-        hot_.free(slots[i]);
-        search.absent[r] = epoch;
       }
     }
-    slots_freed_.notify_all();
-    if (error) std::rethrow_exception(error);
   }
+}
+
+Tiers::HeldSlots::~HeldSlots() {
+  {
+    const std::lock_guard lock(tiers.structure_);
+    for (const Slot slot : slots)
+      if (slot != kNoSlot) tiers.hot_.free(slot);
+  }
+  tiers.slots_freed_.notify_all();
 }
 
 void Tiers::abandon(std::span<Prepared> prepared) noexcept {

@@ -220,6 +220,13 @@ class Tiers {
   void find_rows(const Request& request, Search& search, Prepared& prepared);
   // Reads the misses into slots of our own, without the structure lock.
   void read_misses(const Request& request, Search& search);
+  // Slots of nobody else, given back at the end but for those that became a row's. No structure lock.
+  struct HeldSlots {
+    Tiers& tiers;
+    std::vector<Slot> slots;
+    ~HeldSlots();
+  };
+  void note_work(const Request& request);  // no structure lock
   // Slots, and room in the index, for what is to be created; false, with nothing changed, where there are too few
   // slots. Structure lock held.
   bool reserve(std::span<const Request> requests, std::span<const Search> searches, std::span<Prepared> prepared);

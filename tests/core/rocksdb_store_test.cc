@@ -187,6 +187,11 @@ TEST_CASE("rocksdb store: a manifest that is lost is damage, and so is a CURRENT
   }
   fs::rename(directory / "aside", manifest);
   CHECK(read(*open_rocksdb_store(options_for(path)), sorted_keys(0, 500)).size() == 500);
+  // Also where nothing was committed yet: all may be in the log.
+  const auto empty = directory / "empty";
+  open_rocksdb_store(options_for(empty));
+  write_file_atomically(empty / "CURRENT", "MANIFEST-000999\n");
+  CHECK_THROWS_WITH_AS(open_rocksdb_store(options_for(empty)), doctest::Contains("MANIFEST-000999"), CorruptionError);
 }
 
 TEST_CASE("rocksdb store: a manifest with a damaged byte or cut short never opens with fewer rows, nor loses a table") {

@@ -530,6 +530,54 @@ TEST_CASE("tiers: prepare and abandon change nothing that can be seen") {
   CHECK(h.snapshot_is(*snapshot, model));
 }
 
+TEST_CASE("tiers: rows of two tables are prepared together, if memory holds them, and abandoned together") {
+  Harness h(4 * kMemory);
+  const size_t quarter = h.tiers.chunk_rows(h.small);
+  h.apply(2, range(0, 100));
+  for (size_t i = 0; i < 8; ++i) h.apply(1, range(i * quarter, (i + 1) * quarter));  // twice what memory holds
+  const Expiry never{};
+  // Rows that are there, on disk by now, and new ones.
+  const Batch small(range(quarter / 2, quarter), std::nullopt), large(range(50, 150), std::nullopt);
+  const Batch fresh(range(100 * quarter, 100 * quarter + quarter / 3), std::nullopt);
+  const auto all = [](const Batch& batch) {
+    std::vector<uint32_t> rows(batch.num_rows());
+    std::iota(rows.begin(), rows.end(), 0u);
+    return rows;
+  };
+  const auto small_rows = all(small), large_rows = all(large), fresh_rows = all(fresh);
+  for (const Batch* first : {&small, &fresh}) {
+    const std::vector<Tiers::Request> requests{
+        {h.small, never, *first, first == &small ? small_rows : fresh_rows, true},
+        {h.large, never, large, large_rows, true}};
+    for (int i = 0; i < 3; ++i) {
+      const std::lock_guard lock(h.order);
+      auto prepared = h.tiers.prepare_together(requests);
+      REQUIRE(prepared.has_value());
+      CHECK((*prepared)[0].structure.owns_lock());
+      CHECK((*prepared)[0].fresh.size() == (first == &small ? 0 : fresh.num_rows()));
+      CHECK((*prepared)[1].fresh.size() == 50);
+      std::set<Slot> slots;
+      for (size_t which = 0; which < 2; ++which)
+        for (const uint32_t r : requests[which].rows) {
+          const Slot slot = (*prepared)[which].slots[r];
+          const HotRow* row = h.tiers.hot().row(slot);
+          CHECK(row->mixed == requests[which].batch.mixed[r]);
+          CHECK(row->table_id == which + 1);
+          CHECK(slots.insert(slot).second);
+        }
+      h.tiers.abandon(*prepared);
+      CHECK_FALSE((*prepared)[0].structure.owns_lock());
+    }
+  }
+  // More than memory holds.
+  const Batch many(range(0, 3 * quarter + quarter / 2), std::nullopt);
+  const auto many_rows = all(many);
+  const std::vector<Tiers::Request> requests{{h.small, never, many, many_rows, true},
+                                             {h.large, never, large, large_rows, true}};
+  const std::lock_guard lock(h.order);
+  CHECK_FALSE(h.tiers.prepare_together(requests).has_value());
+}
+
 TEST_CASE("tiers: an update finds its rows wherever they went since their lookup") {
   Harness h(kMemory / 2);
   const std::vector<uint64_t> keys = range(0, 300);

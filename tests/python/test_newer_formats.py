@@ -146,6 +146,9 @@ def test_a_storage_of_a_newer_version_is_not_replaced_as_damaged(killed: Path, t
             de.Storage.open_or_restore(
                 killed, tmp_path / "checkpoints", memory="16MiB", threads=1, replace_damaged=replace_damaged
             )
+    if what != "record":  # a salvage does no operations
+        with pytest.raises(de.NewerVersionError, match="upgrade damo-embedding"):
+            de.Storage.salvage(killed, tmp_path / "rescued.damo", manifest_of=tmp_path / "checkpoints" / "1")
     assert files_of(killed, ignored) == before
     assert sorted(file.name for file in tmp_path.glob("*.damo*")) == ["running.damo", killed.name]
 

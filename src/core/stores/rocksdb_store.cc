@@ -97,6 +97,14 @@ void check(std::string_view operation, const fs::path& directory, const rocksdb:
   throw StorageError(message);
 }
 
+void check_opened(const fs::path& directory, const rocksdb::Status& status) {
+  // CURRENT names a manifest, which names tables: to RocksDB one that is missing is an I/O error.
+  if (std::error_code ignored; status.IsPathNotFound() && fs::exists(directory, ignored))
+    throw CorruptionError("[open] " + directory.string() + ": " + status.ToString() +
+                          " (RocksDB's file CURRENT, or a file that it leads to, is damaged or lost)");
+  check("open", directory, status);
+}
+
 // RocksDB keeps no log of its own doings: on a full disk its logger trips an assertion that distributions compile in,
 // and a read-only open writes no file at all.
 class NoLogger final : public rocksdb::Logger {
@@ -716,11 +724,7 @@ std::unique_ptr<rocksdb::DB> RocksdbStore::open_read_only(uint64_t committed) co
   rocksdb::DB* raw = nullptr;
   const rocksdb::Status status = rocksdb::DB::OpenForReadOnly(options, directory.string(), &raw);
   std::unique_ptr<rocksdb::DB> db(raw);
-  // CURRENT names a manifest, which names tables: to RocksDB one that is missing is an I/O error.
-  if (std::error_code ignored; status.IsPathNotFound() && fs::exists(directory, ignored))
-    throw CorruptionError("[open] " + directory.string() + ": " + status.ToString() +
-                          " (RocksDB's file CURRENT, or a file that it leads to, is damaged or lost)");
-  check("open", directory, status);
+  check_opened(directory, status);
   if (const uint64_t known = db->GetLatestSequenceNumber(); known < committed)
     throw CorruptionError("[open] " + directory.string() + ": the manifest ends at sequence number " +
                           std::to_string(known) + ", but " + std::to_string(committed) + " was committed (" +
@@ -749,7 +753,7 @@ void RocksdbStore::open_for_writing() {
   rocksdb::DB* db = nullptr;
   const rocksdb::Status status = rocksdb::DB::Open(engine_->options, directory.string(), &db);
   engine_->db.reset(db);
-  check("open", directory, status);
+  check_opened(directory, status);
   if (!committed) write_file_atomically(engine_->mark_path(), CommitMark::contents(0));
   engine_->mark.open(engine_->mark_path());
 }
