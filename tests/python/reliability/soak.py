@@ -137,8 +137,8 @@ def work(name: str, todo: Any, results: Any) -> None:
         results.put((None, {}, f"skipped: {missing}", 0.0))
 
 
-def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str, Any]:
-    """Goes on with a suite; returns its entry in the record."""
+def run(name: str, units: int, cases: int, first: int, jobs: int, until: float) -> dict[str, Any]:
+    """Goes on with a suite, to so many units or, unless 0, so many cases; returns its entry in the record."""
     kind = SUITES[name]
     entry = load(name)
     what, commit = code(name)
@@ -155,12 +155,16 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
         worker.start()
     next_seed = next_counted = first + entry["cases"]
     ahead: dict[int, tuple[dict[str, int], str]] = {}
+
+    def is_enough() -> bool:
+        return next_counted - first >= cases if cases else done[kind.unit] >= units
+
     for _ in range(2 * jobs):
         todo.put(next_seed)
         next_seed += 1
     started, base = time.monotonic(), entry["seconds"]
     try:
-        while done[kind.unit] < units and time.monotonic() < until:
+        while not is_enough() and time.monotonic() < until:
             seed, did, failure, _ = results.get(timeout=1_200)
             if seed is None:
                 entry["skipped"] = failure
@@ -169,7 +173,7 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
             todo.put(next_seed)
             next_seed += 1
             # Only what is done in a row counts, so that a run that is stopped leaves no hole.
-            while next_counted in ahead and done[kind.unit] < units:
+            while next_counted in ahead and not is_enough():
                 did, failure = ahead.pop(next_counted)
                 done.update(did)
                 if failure:
@@ -179,9 +183,9 @@ def run(name: str, units: int, first: int, jobs: int, until: float) -> dict[str,
             entry.update(
                 cases=next_counted - first, done=dict(done), seconds=round(base + time.monotonic() - started, 1)
             )
-            if seed % 20 == 0:
+            if seed % 20 == 0 and (did or not cases):
                 save(name, entry)
-                print(f"{name}: {done[kind.unit]:,} of {units:,} {kind.unit}", flush=True)
+                print(f"{name}: {done[kind.unit]:,} of {'at least ' if cases else ''}{units:,} {kind.unit}", flush=True)
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on", flush=True)
         raise
@@ -268,7 +272,9 @@ def main() -> int:
     for place, name in enumerate(names):
         left = end - time.monotonic()
         until = time.monotonic() + left / (len(names) - place)
-        entry = run(name, round(SUITES[name].full * arguments.scale), arguments.first_seed, arguments.jobs, until)
+        kind = SUITES[name]
+        cases = kind.cases if arguments.scale >= 1 else 0
+        entry = run(name, round(kind.full * arguments.scale), cases, arguments.first_seed, arguments.jobs, until)
         failed |= bool(entry["failures"])
     write_page()
     return int(failed)
