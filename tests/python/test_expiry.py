@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import damo_embedding as de
+from storage_server import Group, fork_server
 
 DAY = 86_400
 
@@ -170,6 +171,31 @@ def test_what_keeps_the_disk_does_not_move_the_clock(tmp_path: Path) -> None:
         assert storage.stats()["forgotten"] > 0
         storage.now = OLD + 1
         assert storage.now == OLD + 1
+
+
+def test_what_was_forgotten_stays_so_after_a_kill_and_what_was_kept_is_as_it_was(path: Path) -> None:
+    """Rows that have to go for a limit on disk go as erased ones do: with a record."""
+    group = Group(0, de.SGD(lr=1.0), de.Zeros(), dimension=64)
+    every = np.arange(150_000)
+    with fork_server() as server:
+        session = server.session()
+        session("open", path, [group], 2**40, memory="16MiB", disk="64MiB")
+        for part in np.split(every, 15):
+            session("embedding_call", 0, "apply_gradients", part, np.ones((len(part), 64), np.float32))
+        deadline = time.monotonic() + 60
+        while (forgotten := session("storage_call", "stats")["forgotten"]) == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert forgotten > 0
+        before = session("rows", 0)
+        session.kill()
+        session = server.session()
+        session("open", path, [group], 2**40, memory="16MiB")
+        after = session("rows", 0)
+        ((rows, _),) = session("numbers").values()
+        session.kill()
+    assert len(before) < len(every)
+    assert 0 < len(after) == rows
+    assert after.items() <= before.items()
 
 
 def test_a_clock_a_year_ahead_warns_at_commit_and_expires_nothing_before_it_is_confirmed(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from damo_embedding import _core
-from reliability import faults
+from reliability import faults, soak
 from reliability.suite import SkippedError
 from reliability.suites import SUITES
 from storage_server import fork_server
@@ -171,6 +171,7 @@ def main() -> int:
         "--seconds", type=float, default=0.0, help="for each suite; its cases in hand go on to their end"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--record", action="store_true", help="keep what was run, as scripts/soak does")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--provoke", action="store_true", help=argparse.SUPPRESS)
@@ -191,6 +192,8 @@ def main() -> int:
         faults.library(library)  # a compiler is not to run under a sanitizer
     check_the_sanitizer(name)
     names = arguments.suites or list(DEFAULT)
+    what, commit = soak.code(*SUITES)
+    ran = {}
     running = {}
     failures = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -212,8 +215,13 @@ def main() -> int:
             failures += len(wrong)
             said = "FAILED" if wrong else skipped or f"{units:.0f} {SUITES[suite].unit}"
             print(f"{suite}: {cases} cases, {said}", flush=True)
+            ran[suite] = said
             for text in wrong:
                 print(f"FAILED: scripts/sanitize {name} {text}", flush=True)
+    if arguments.record:
+        entry = soak.load("sanitizers") or {}
+        soak.save("sanitizers", entry | {name: {"code": what, "commit": commit, "cases": arguments.cases, "ran": ran}})
+        soak.write_page()
     return int(failures > 0)
 
 

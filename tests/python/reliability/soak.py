@@ -35,6 +35,7 @@ DOCS, APART = ROOT / "docs", ROOT / "build" / "soak"
 TESTS = ROOT / "tests" / "python"
 
 
+SANITIZERS = {"address": "AddressSanitizer with UBSan", "thread": "ThreadSanitizer"}
 INTRODUCTION = """\
 # Reliability
 
@@ -236,6 +237,17 @@ def page(record: dict[str, Any]) -> str:
             f"the suites have looked for, {sum(noticed.values())} were noticed ({by_suite}), on `{planted['commit']}`. "
             f"Not noticed: {survivors or 'none'}.",
         ]
+    if sanitizers := record.get("sanitizers"):
+        lines += [
+            "",
+            "## Under sanitizers",
+            "",
+            "A little of each suite on a core built with a sanitizer, by `scripts/sanitize`.",
+        ]
+        for name, entry in sorted(sanitizers.items()):
+            failed = [suite for suite, said in entry["ran"].items() if said == "FAILED"]
+            did = ", ".join(f"{suite} {said}" for suite, said in entry["ran"].items())
+            lines += ["", f"{SANITIZERS[name]}, on `{entry['commit']}`, reports: {', '.join(failed) or 'none'}. {did}."]
     lines += [
         "",
         *LIMITS.splitlines(),
