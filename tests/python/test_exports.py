@@ -52,7 +52,7 @@ def test_every_public_method_is_documented(name: str) -> None:
 def test_errors_are_one_tree() -> None:
     errors = [thing for thing in map(de.__dict__.get, de.__all__) if isinstance(thing, type)]
     errors = [thing for thing in errors if issubclass(thing, Exception)]
-    assert len(errors) == 8
+    assert len(errors) == 9
     assert all(issubclass(error, de.DamoError) for error in errors)
 
 

@@ -50,8 +50,9 @@ KINDS = [
 ]
 KINDS += [("write", faults.SHORT, 0), ("allocate", faults.FAIL, errno.ENOMEM)]  # nothing works without any memory
 SCENARIOS = 8
-# Every call of a scenario fails once in each way, and of those for memory, tens of thousands, as many as this.
-PLACES, PLACES_OF_MEMORY = 800, 150
+# Every call of a scenario fails once in each way, and of those for memory, tens of thousands, as many as this. How many
+# reads the tight scenario takes, 700 to 1,200, depends on what was evicted in time.
+PLACES, PLACES_OF_MEMORY = 2_000, 150
 # What a call may raise when the system refuses: typed, never RuntimeError or a bare Exception.
 TYPED = ("StorageError", "MemoryError", "AlreadyOpenError")
 
