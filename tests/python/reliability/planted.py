@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from reliability import soak
+from reliability.call_fails import KINDS
 from reliability.suite import SkippedError
 from reliability.suites import SUITES
 
@@ -41,8 +42,9 @@ def defects() -> list[str]:
     return sorted(found)
 
 
-def notice(name: str, seconds: float, seed: int = 0) -> str:
+def notice(name: str, seconds: float, seed: int = 0, stride: int = 0) -> str:
     """In this process: runs a suite from this seed until it fails; what it said, or ""."""
+    stride = stride or (len(KINDS) + 1 if name == "call-fails" else 1)  # each kind of call in turn, at another N
     end = time.monotonic() + seconds
     try:
         with SUITES[name]() as suite:
@@ -53,7 +55,7 @@ def notice(name: str, seconds: float, seed: int = 0) -> str:
                 except Exception as error:
                     said = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
                     return f"seed {seed}: {said}"
-                seed += 23 if name == "call-fails" else 1
+                seed += stride
     except SkippedError as missing:
         print(f"{name} skipped: {missing}", file=sys.stderr)
     except Exception as error:
@@ -61,10 +63,10 @@ def notice(name: str, seconds: float, seed: int = 0) -> str:
     return ""
 
 
-def run(defect: str, name: str, seconds: float, seed: int = 0) -> str:
+def run(defect: str, name: str, seconds: float, seed: int = 0, stride: int = 0) -> str:
     command = [sys.executable, "-m", "reliability.planted", "--suite", name, "--seed", str(seed)]
     done = subprocess.run(
-        [*command, "--seconds", str(seconds)],
+        [*command, "--stride", str(stride), "--seconds", str(seconds)],
         env={**os.environ, "DAMO_DEFECT": defect},
         stdout=subprocess.PIPE,
         text=True,
@@ -83,7 +85,9 @@ def run_test(defect: str) -> str:
     return failed[0] if failed else ""
 
 
-def noticed(defect: str, suites: Sequence[str], first: int, seconds: float, last: str = "") -> tuple[str, str]:
+def noticed(
+    defect: str, suites: Sequence[str], first: int, stride: int, seconds: float, last: str = ""
+) -> tuple[str, str]:
     """The suite (or the test) that noticed it, and what it said. Begins with the suite that noticed it last time."""
     if defect in TESTS and (said := run_test(defect)):
         return TESTS[defect], said
@@ -92,9 +96,9 @@ def noticed(defect: str, suites: Sequence[str], first: int, seconds: float, last
     tries += [(name, share / 8) for name in suites]
     tries += [(name, share) for name in suites if name != last]
     for name, time_of_suite in tries:
-        if said := run(defect, name, time_of_suite, first):
+        if said := run(defect, name, time_of_suite, first, stride):
             seed = re.match(r"seed (\d+): ", said)
-            if without := run("none", name, 1e-3 if seed else time_of_suite, int(seed[1]) if seed else first):
+            if without := run("none", name, 1e-3 if seed else time_of_suite, int(seed[1]) if seed else first, stride):
                 raise SystemExit(f"{name} fails without a defect, too: {without}")
             return name, said
     return "", ""
@@ -107,10 +111,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="defects beside each other")
     parser.add_argument("--in", dest="suites", nargs="+", choices=ORDER, default=ORDER, help="these suites only")
     parser.add_argument("--seed", type=int, default=0, help="the first of each suite")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        default=0,
+        help="from seed to seed; with --seed 21 --stride 22, call-fails fails memory only",
+    )
     parser.add_argument("--suite", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.suite:
-        print(notice(arguments.suite, arguments.seconds, arguments.seed), end="")
+        print(notice(arguments.suite, arguments.seconds, arguments.seed, arguments.stride), end="")
         return 0
     known = defects()
     if unknown := set(arguments.defects) - set(known):
@@ -125,7 +135,9 @@ def main() -> int:
 
     def look(defect: str) -> tuple[str, dict[str, Any]]:
         started = time.monotonic()
-        suite, said = noticed(defect, arguments.suites, arguments.seed, arguments.seconds, last.get(defect, ""))
+        suite, said = noticed(
+            defect, arguments.suites, arguments.seed, arguments.stride, arguments.seconds, last.get(defect, "")
+        )
         return defect, {"noticed_by": suite, "what": said[:300], "seconds": round(time.monotonic() - started, 1)}
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
