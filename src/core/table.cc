@@ -415,9 +415,7 @@ void Table::apply_gradients(std::span<const uint64_t> keys, const float* gradien
   std::shared_ptr<Batch> batch;
   {
     const std::lock_guard lock(last_mutex_);
-    if (last_.batch && last_.keys.size() == keys.size() &&
-        std::memcmp(last_.keys.data(), keys.data(), keys.size_bytes()) == 0)
-      batch = last_.batch;
+    if (last_.batch && std::ranges::equal(last_.keys, keys)) batch = last_.batch;
   }
   if (!batch) batch = std::make_shared<Batch>(keys, std::nullopt);
   const Part part{batch.get(), gradients};

@@ -485,6 +485,17 @@ TEST_CASE("storage: a schedule that throws or gives no rate stops the update bef
   CHECK(lookup(good, keys) == std::vector<float>{-1.0f, -1.0f});
 }
 
+TEST_CASE("storage: an update of no keys after a training lookup of none does nothing") {
+  const TemporaryDirectory directory;
+  const auto storage = open(directory / "s");
+  Table& table = storage->table(sgd_from_zero(0));
+  const std::span<const uint64_t> nothing;  // without an address: under UBSan a comparison of its bytes is a report
+  table.lookup(nothing, nullptr, true, false, std::nullopt);
+  table.apply_gradients(nothing, nullptr, std::nullopt);
+  CHECK(table.step() == 0);
+  CHECK(table.size() == 0);
+}
+
 TEST_CASE("storage: one call names a table once") {
   const TemporaryDirectory directory;
   const auto storage = open(directory / "s");
