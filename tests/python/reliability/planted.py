@@ -115,7 +115,8 @@ def main() -> int:
         "--stride",
         type=int,
         default=0,
-        help="from seed to seed; with --seed 21 --stride 22, call-fails fails memory only",
+        help=f"from one seed to the next; --in call-fails --stride {len(KINDS)} keeps to one kind of call, "
+        f"with --seed {len(KINDS) - 1} to memory",
     )
     parser.add_argument("--suite", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
