@@ -73,6 +73,49 @@ def test_the_record_of_a_suite_begins_anew_when_what_it_imports_changes(name: st
     assert all((soak.ROOT / path).exists() for path in soak.depends_on(name))
 
 
+MODULE = """
+class A:
+    'What A is.'
+
+    def f(self):
+        \"\"\"Says a word.
+
+        And another.
+        \"\"\"
+        return 'a', \"\"\"b\"\"\"  # c
+"""
+HEADER = """
+// What A is.
+struct A {
+  // A comment.
+  int a = 1;  // Another.
+};
+"""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "before", "after", "same"),
+    [
+        (".py", MODULE, "What A is.", "What A was.", True),
+        (".py", MODULE, "And another.", "And a third.\n        And more.", True),
+        (".py", MODULE, "'a'", "'c'", False),
+        (".py", MODULE, '"""b"""', '"""b\n\n"""', False),
+        (".py", MODULE, "'What A is.'", "'What A is.'; c = 1", False),
+        (".py", MODULE, "  # c", "\n\n'c'", False),
+        (".h", HEADER, "// A comment.", "// Two comments.\n  // Lines.", True),
+        (".h", HEADER, "a = 1;", "a = 2;", False),
+        (".h", HEADER, "  // A comment.", "  int b;  // A comment.", False),
+        (".h", HEADER + 'auto b = R"(\n  // c\n)";\n', "// c", "// d", False),
+        (".h", HEADER + "#define B \\\n  // c\n", "// c", "// d", False),
+        (".md", HEADER, "// A comment.", "// Two comments.", False),
+    ],
+)
+def test_a_record_goes_on_where_only_words_changed(suffix: str, text: str, before: str, after: str, same: bool) -> None:
+    assert before in text
+    changed = text.replace(before, after)
+    assert (soak.without_words(suffix, text) == soak.without_words(suffix, changed)) is same
+
+
 def oracle_after(count: int) -> Oracle:
     oracle = Oracle(SMALL.groups, START)
     for operation in Workload([1, 2], SMALL).draw(count):
