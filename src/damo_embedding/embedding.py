@@ -282,7 +282,7 @@ class Embedding:
             lr: The rate of this step instead of `self.lr`, at least 0; a schedule is then not asked.
 
         An empty batch does nothing and is no step; one whose gradients are all ignored is a step. When the call
-        returns, the update survives the death of the process.
+        returns, the update survives the death of the process; with durability="commit", once commit() has returned.
 
         Raises:
             ValueError: A gradient is NaN or infinite (names the first such key), or a shape is wrong; nothing
@@ -290,7 +290,9 @@ class Embedding:
             TypeError: keys are not integers, or gradients are not float32.
             Exception: What a schedule of yours raises; ValueError when it gives what is no rate. Nothing was
                 applied.
+            CorruptionError: A row that the call needs is damaged on disk. Nothing was applied.
             StorageError: The log or the disk could not be written: docs/errors.md says what to do.
+            ReadOnlyError: The storage is open read-only.
         """
         array = parse_keys("apply_gradients", keys)
         rate = None if lr is None else _number("apply_gradients", "lr", lr, 0.0, _MAX_FLOAT)
@@ -329,6 +331,11 @@ class Embedding:
 
         An erased key that is looked up again starts from its first weights, update count 0. The disk space
         comes back when RocksDB next merges its files.
+
+        Raises:
+            TypeError: keys are not integers.
+            StorageError: The log or the disk could not be written, or a row not be read. Nothing was erased.
+            ReadOnlyError: The storage is open read-only.
         """
         return self._table.erase(parse_keys("erase", keys).reshape(-1))
 
@@ -355,6 +362,8 @@ class Embedding:
             ValueError: A key stands twice (names it), a float is NaN or infinite, a shape or a state's name is wrong;
                 nothing was imported.
             TypeError: keys are not integers, or weights or state not float32.
+            CorruptionError, StorageError: As from `apply_gradients`.
+            ReadOnlyError: The storage is open read-only.
 
         Example:
             >>> for part in old.scan():  # doctest: +SKIP
@@ -423,7 +432,8 @@ class Embedding:
             Rows; the last part may be shorter, none is empty.
 
         Raises:
-            CorruptionError: A row on disk is damaged; names its key.
+            CorruptionError: A row on disk is damaged; names its key, or the file and the offset of its block.
+            StorageError: The changed rows could not be written first, or a row could not be read.
 
         Example:
             >>> sum(int(part.update_counts.sum()) for part in users.scan())  # doctest: +SKIP

@@ -30,7 +30,7 @@ class VerifyReport:
     """What `Storage.verify` read, and what of it is damaged."""
 
     rows: int
-    files: int  # table files and segments of the log
+    files: int  # table files, segments of the log, CURRENT, MANIFEST and the other files of ours
     bytes: int
     records: int  # of the log
     damages: tuple[Damage, ...]

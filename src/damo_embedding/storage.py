@@ -158,6 +158,7 @@ class Storage:
         threads: Threads of one call; None: one per core. Results do not depend on it.
         log_bytes: The operation log is cut when it is larger than this (bytes, or a text as for `memory`; at
             least 1 MiB). None: max(1 GiB, 4 x memory), at most an eighth of the free disk (and at least 64 MiB).
+            With `disk`, at most a sixteenth of that (and at least 1 MiB).
         ttl: How long a row lives after its last update (or its creation): seconds, a text such as "30d" or
             "12h", a timedelta, `Steps(n)`, or "never". For the embeddings that are given none of their own.
             None: as stored, which is "never" at first. Kept to a 262,144th of itself, never cut short; changing it
@@ -630,8 +631,10 @@ class Storage:
 
         Raises:
             StorageError: The log could not be written or synced. After a failed sync the storage takes no
-                more changes until it is opened again. In mode "commit": the disk is full, or refused. The last commit
-                stands, the storage goes on, and a later commit may succeed.
+                more changes until it is opened again; `last_commit` may be this one then, which power loss undoes.
+                In mode "commit": the disk is full, or refused. The last commit stands. With space a later commit
+                succeeds; one that fails as this one did on a disk that is not full is no passing trouble: open the
+                storage again, which goes back to the last commit.
         """
         self._core.commit(*_step_and_extra("commit", step, extra))
         if (held := self._core.clock_held_seconds) > 0:
@@ -760,9 +763,10 @@ class Storage:
         """Reads everything that is on the disk, to see whether it is whole. Changes nothing but what a scan does.
 
         CURRENT and MANIFEST; every record of the log; every byte of the table files, by the checksum that their
-        maker noted; RocksDB's own manifest, as the next open would read it; every row, by its checksum; and whether
-        the counts and the filter of keys agree with the rows. Training goes on meanwhile. A checkpoint is verified
-        by `restore`.
+        maker noted, those of the last commit in mode "commit" too; the files of the groups' filters; RocksDB's own
+        manifest, as the next open would read it; every row, by its checksum; and whether the counts and the filter
+        of keys agree with the rows. Training goes on meanwhile, until the log reaches twice `log_bytes`; checkpoints
+        and, in mode "commit", commits wait. A checkpoint is verified by `restore`.
 
         Args:
             strict: Raise CorruptionError when something is damaged. False: leave that to who reads the report.
@@ -862,7 +866,8 @@ class Storage:
 
         Raises:
             StorageError: In mode "commit", which has no log, the changed rows could not be written: the storage is
-                what it was at the last commit.
+                what it was at the last commit. In the others the log could not be synced: power loss may undo what
+                the last commit does not have. In all, the directory was moved or removed. It is closed all the same.
             ValueError: Called by the `progress` of a dump, which it would wait for.
         """
         self._check_not_dumping("close")
