@@ -27,10 +27,10 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `Storage.verify` read, and what of it is damaged."""
+    """What `Storage.verify` read, and what of it is damaged. The other files of ours are among `files`, too."""
 
     rows: int
-    files: int  # table files, segments of the log, CURRENT, MANIFEST and the other files of ours
+    files: int  # table files and segments of the log
     bytes: int
     records: int  # of the log
     damages: tuple[Damage, ...]
