@@ -7,7 +7,7 @@ In memory (the table fits into the default budget):
     lookup_missing  lookups of keys without a row, insert=False
     log_append      apply_gradients of the same 8,192 rows over and over: what a record in the log costs
     log_cutting     the same with a log of 32 MiB that is cut all the while
-    checkpoint      a checkpoint while another thread trains: how long, and the longest step beside it
+    checkpoint      a checkpoint while another thread trains: how long, its pause, and the longest step beside it
     open            close and open again, then kill and open again: what the log has to do over
     commit          commits in mode "commit", beside checkpoints of the same changes; and an update without a log
 
@@ -150,12 +150,15 @@ def checkpoint(storage: de.Storage, table: de.Embedding, rows: int, directory: P
     thread.start()
     try:
         took = seconds(lambda: storage.checkpoint(directory / "checkpoint-1"))
+        pauses = [storage.stats()["cut_pause_seconds"]]
         again = seconds(lambda: storage.checkpoint(directory / "checkpoint-2"))
+        pauses.append(storage.stats()["cut_pause_seconds"])
     finally:
         done.set()
         thread.join()
     yield Result("checkpoint", "first, all rows changed", took, "s")
     yield Result("checkpoint", "second, what changed since", again, "s")
+    yield Result("checkpoint", "longer pause of the two", 1e3 * max(pauses), "ms")
     yield Result("checkpoint", "median step before", 1e3 * float(np.median(alone)), "ms")
     yield Result("checkpoint", "median step beside it", 1e3 * float(np.median(beside)), "ms")
     yield Result("checkpoint", "longest step beside it", 1e3 * max(beside), "ms")
@@ -171,7 +174,7 @@ def commits(directory: Path, rows: int) -> Iterator[Result]:
         yield Result("commit", "first, all rows changed", seconds(lambda: storage.commit(0)), "s")
         rng = np.random.default_rng(8)
         update = gradients(STEP)
-        for changed in (1, 8192, STEP):
+        for changed in sorted({min(changed, rows) for changed in (1, 8192, STEP)}):
             kinds: dict[str, list[float]] = {"commit": [], "checkpoint": []}
             for number in range(14):
                 table.apply_gradients(keys_of(rng.permutation(rows)[:changed]), update[:changed])
