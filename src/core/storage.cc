@@ -192,6 +192,9 @@ void Storage::open_generation(const fs::path& generation) {
     tables_by_id_[spec.table_id] = tables_[spec.group].get();
   }
   load_filters();
+  // The manifest and the filters may have names that a power loss would undo still: who gave them may have died before
+  // the sync, or it failed. All that comes is built upon them.
+  if (!planted("opened upon an unsynced manifest")) fsync_directory(generation);
   // Now, for the space that the opening may need: what a process in mode commit leaves may be large.
   directory_->remove_stale_generations();
 

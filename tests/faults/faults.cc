@@ -94,9 +94,12 @@ std::atomic<bool> watching{false};
 thread_local bool allocations_count = false;  // this thread armed an allocation
 uintptr_t rocksdb_begin = 0, rocksdb_end = 0;
 
+void flush_journal();
+
 // Leaves a note first: who died without one died of something else.
 [[noreturn]] void die() {
   State& s = state();
+  flush_journal();  // what a power loss would still undo
   const long fd = ::syscall(SYS_openat, AT_FDCWD, s.epitaph.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
   if (fd >= 0) ::syscall(SYS_write, fd, s.hit.data(), s.hit.size());
   ::syscall(SYS_kill, ::getpid(), SIGKILL);
