@@ -3,7 +3,8 @@
 
 From the journal of one run come as many disks as are asked for (journal.py), each opened and compared. In some runs a
 sync fails, and what it should have covered never comes to the disk. The recovery of
-some of them is recorded again, with operations after it, and the power goes again, also within that recovery.
+some of them is recorded again, with operations after it, and the power goes again, also within that recovery. Where the
+process was killed and the power had not gone, what the first did not sync is then lost with what the second did not.
 """
 
 from __future__ import annotations
@@ -51,6 +52,22 @@ class Recorded:
     closed: bool  # at its end
     opened: int  # how many events there were by then
     replaced: Oracle | None  # what was there before a checkpoint was restored in its place
+    killed: Killed | None  # the run before, where the power did not go between the two
+
+    def disk(self) -> Disk:
+        """As it was when the run began."""
+        if self.killed is None:
+            return Disk(self.origin)
+        disk = self.killed.run.disk()
+        for event in self.killed.run.events[: self.killed.position]:
+            disk.happen(event)
+        return disk
+
+    def promised(self, position: int) -> tuple[Recorded, int]:
+        """The run whose promises count, and where it was: until the storage is open, they are those of before."""
+        if self.killed is None or position >= self.opened:
+            return self, position
+        return self.killed.run.promised(self.killed.position)
 
     def moments_at(self, done: int, issued: int) -> list[Moment]:
         """In mode commit: what it may go back to."""
@@ -75,6 +92,14 @@ class Recorded:
         else:
             low = self.expected.last_durable(self.operations, done, self.durability == "durable")
         return max(low, self.floor), self.expected.sequence(issued), done, issued
+
+
+@dataclass
+class Killed:
+    """Where a process was killed, with all that it had not synced still to come to the disk."""
+
+    run: Recorded
+    position: int
 
 
 class PowerLoss(ServedSuite):
@@ -130,19 +155,21 @@ class PowerLoss(ServedSuite):
         depth: int,
         states: int,
         restored: tuple[Path, Oracle] | None = None,
+        killed: Killed | None = None,
     ) -> None:
         """Records a run from `origin`, which holds what the oracle has now, and looks at what losses leave of it.
 
-        `restored`: a checkpoint that takes its place first, and what that is of.
+        `restored`: a checkpoint that takes its place first, and what that is of. `killed`: the run that left it.
         """
-        run = self.record(seed, random, shape, origin, oracle, groups, depth, restored)
-        disk = Disk(origin)
+        run = self.record(seed, random, shape, origin, oracle, groups, depth, restored, killed)
+        disk = run.disk()
         at = 0
         for number, position in enumerate(sorted(self._positions(random, run, states))):
             for event in run.events[at:position]:
                 disk.happen(event)
             at = position
-            kind = str(random.choice(Loss.KINDS, p=[0.1, 0.25, 0.25, 0.4]))
+            deeper = depth + 1 < DEPTH and number % 6 == 5 and not (run.replaced and position < run.opened)
+            kind = str(random.choice(Loss.KINDS, p=[0.5, 0.15, 0.15, 0.2] if deeper else [0.1, 0.25, 0.25, 0.4]))
             where = f"run {depth}, power lost after event {position} of {len(run.events)}, {kind} of the rest lost"
             if kind == "nothing":
                 where = f"run {depth}, killed after event {position} of {len(run.events)}"
@@ -150,15 +177,18 @@ class PowerLoss(ServedSuite):
             base.mkdir()
             disk.after(Loss(kind, random, disk.time), base)
             make_base(base)
-            deeper = depth + 1 < DEPTH and number % 6 == 5 and not (run.replaced and position < run.opened)
             try:
                 found = self.check(random, shape, run, position, kind == "nothing", base, keep=not deeper)
                 self.done["disks"] += 1
                 self.done[f"lost: {kind}"] += 1
                 self.done[f"mode {run.durability}"] += 1
+                self.done["lost after a kill, too"] += killed is not None and kind != "nothing"
                 if deeper:
-                    oracle = run.oracle.from_here(found.sequence)
-                    self.explore(seed, random, shape, base, oracle, found.groups, depth + 1, states // 4)
+                    oracle = run.promised(position)[0].oracle.from_here(found.sequence)
+                    was_killed = Killed(run, position) if kind == "nothing" else None
+                    self.explore(
+                        seed, random, shape, base, oracle, found.groups, depth + 1, states // 4, killed=was_killed
+                    )
             except AssertionError as error:
                 error.add_note(where)
                 raise
@@ -182,6 +212,7 @@ class PowerLoss(ServedSuite):
         groups: set[int],
         depth: int,
         restored: tuple[Path, Oracle] | None,
+        killed: Killed | None,
     ) -> Recorded:
         replaced = None
         if restored is not None:
@@ -230,7 +261,7 @@ class PowerLoss(ServedSuite):
             place for place, event in enumerate(events, 1) if event.type == "K" and event.numbers[0] == ord("o")
         )
         return Recorded(
-            origin, events, oracle, floor, operations, expected, durability, before, closed, opened, replaced
+            origin, events, oracle, floor, operations, expected, durability, before, closed, opened, replaced, killed
         )
 
     _runs = itertools.count(1)
@@ -246,6 +277,7 @@ class PowerLoss(ServedSuite):
         keep: bool,
     ) -> Found:
         """Opens the disk and compares all of it; returns what it holds. `keep`: the files may change."""
+        run, position = run.promised(position)
         low, high, done, issued = run.range_at(position, everything_kept)
         opened = base
         if not keep:
