@@ -34,17 +34,6 @@ fs::path staging_path(const fs::path& wanted) {
   return staged;
 }
 
-// What takes the place of a file of the storage would be its end, and what lies in a generation goes with it. Where
-// nothing may be touched nothing may come, either.
-void check_is_not_of_storage(const char* operation, const fs::path& wanted, const fs::path& storage, bool read_only) {
-  const fs::path place = fs::canonical(wanted.parent_path()) / wanted.filename(), own = fs::canonical(storage);
-  const auto [end, name] = std::mismatch(own.begin(), own.end(), place.begin(), place.end());
-  if (end == own.end() && name != place.end() && (read_only || is_name_of_storage(*name)))
-    throw StorageError(std::string("[") + operation + "] " + wanted.string() +
-                       " is among the storage's own files, in " + name->string() + " of " + own.string() +
-                       ": give a place outside of it");
-}
-
 // Between two reports of a dump: a few tens of milliseconds, and so many bytes that reporting costs nothing beside
 // them. By work and not by the clock, so that two runs report the same.
 constexpr size_t kDumpReportBytes = size_t{16} << 20;
@@ -98,9 +87,17 @@ void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilter
   if (log_ && !log_->newest_segment_is_empty()) log_->rotate(encode_counters(info.counters));
   if (filters != nullptr) filters->begin(info.counters.sequence);
   tiers_->note_cut_pause(std::chrono::steady_clock::now() - stopped);
-  tiers_->cut(std::move(write), std::move(order), info.counters.sequence, [&] {
-    if (closed) closed(info);
-  });
+  try {
+    tiers_->cut(std::move(write), std::move(order), info.counters.sequence, [&] {
+      if (closed) closed(info);
+    });
+  } catch (const DiskFullError&) {
+    throw;  // with space the next one may succeed
+  } catch (...) {
+    // Where nothing more can be written, whoever changes rows hears of it now, and not when memory or the log is full.
+    if (std::exception_ptr failure = store_->failure()) tiers_->fail(std::move(failure));
+    throw;
+  }
 }
 
 std::shared_ptr<const StoreSnapshot> Storage::snapshot(CutInfo& info) {

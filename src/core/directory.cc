@@ -33,11 +33,22 @@ uint64_t generation_number(const std::string& name) {
   return number;
 }
 
-}  // namespace
-
+// Whether a storage's directory has, or may have, an entry of this name that is its own.
 bool is_name_of_storage(const std::string& name) {
   return name == "LOCK" || name == "CURRENT" || name == "CURRENT.tmp" || name == "CREATING" || name == "CREATING.tmp" ||
          name.starts_with(kPrefix);
+}
+
+}  // namespace
+
+void check_is_not_of_storage(const char* operation, const fs::path& wanted, const fs::path& storage,
+                             bool nothing_in_it) {
+  const fs::path place = fs::canonical(wanted.parent_path()) / wanted.filename(), own = fs::canonical(storage);
+  const auto [end, name] = std::mismatch(own.begin(), own.end(), place.begin(), place.end());
+  if (end == own.end() && name != place.end() && (nothing_in_it || is_name_of_storage(*name)))
+    throw StorageError(std::string("[") + operation + "] " + wanted.string() +
+                       " is among the storage's own files, in " + name->string() + " of " + own.string() +
+                       ": give a place outside of it");
 }
 
 StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(fs::absolute(path).lexically_normal()) {

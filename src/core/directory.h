@@ -23,11 +23,13 @@
 
 namespace damo {
 
-// Whether a storage's directory has, or may have, an entry of this name that is its own.
-bool is_name_of_storage(const std::string& name);
-
 // The live generation of the storage at `path`. CorruptionError when CURRENT is damaged or names nothing.
 std::filesystem::path live_generation(const std::filesystem::path& path);
+
+// StorageError when something new, `wanted`, would take the place of a file of the storage, whose end that would be, or
+// lie in a generation, with which it would go; or anywhere in the directory, where nothing in it may be touched.
+void check_is_not_of_storage(const char* operation, const std::filesystem::path& wanted,
+                             const std::filesystem::path& storage, bool nothing_in_it);
 
 // What a generation says of itself. CorruptionError: its MANIFEST is missing, damaged or of a newer version.
 Manifest manifest_of(const std::filesystem::path& generation);

@@ -340,6 +340,7 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
     throw StorageError("[salvage] " + wanted.string() + " exists already: give an absent or empty directory");
   if (!fs::is_directory(wanted.parent_path()))
     throw StorageError("[salvage] the directory " + wanted.parent_path().string() + " does not exist: make it first");
+  check_is_not_of_storage("salvage", wanted, from, /*nothing_in_it=*/true);
   std::optional<FileLock> lock;
   try {
     if (fs::exists(from / "LOCK")) lock.emplace(from / "LOCK", FileLock::Words{from.string(), "Storage", "directory"});
@@ -360,6 +361,12 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
       if (path.filename().string().starts_with("generation-")) found.push_back(path);
     // The one in which a process in mode commit worked has none, and is not a storage by itself.
     if (found.size() > 1) std::erase_if(found, [](const fs::path& one) { return !fs::exists(one / "MANIFEST"); });
+    if (found.empty())
+      throw StorageError("[salvage] " + from.string() +
+                         (fs::exists(from / "CHECKPOINT")
+                              ? " is a checkpoint: restore it into another directory with Storage.restore(checkpoint,"
+                                " path), or look at it with Storage(checkpoint, read_only=True)"
+                              : " is not a storage: it has no generation-* directory; give that of a storage"));
     if (found.size() != 1)
       throw CorruptionError("[salvage] " + from.string() + " has " + std::to_string(found.size()) +
                             " generations, and which of them counts is not known: " + wrong.what());

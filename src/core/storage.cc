@@ -63,9 +63,11 @@ bool Storage::is_forked() const noexcept { return getpid() != process_; }
 void Storage::check_process(const char* operation) const {
   // Threads, locks and memory of the storage stay behind in a fork; nothing of it may be touched in the child.
   if (is_forked())
-    throw ForkedHandleError(std::string("[") + operation + "] the storage " + path_.string() +
-                            " was opened by process " + std::to_string(process_) + ", this is its forked child " +
-                            std::to_string(getpid()) + ": open it after the fork, or keep it in the parent");
+    throw ForkedHandleError(
+        std::string("[") + operation + "] the storage " + path_.string() + " was opened by process " +
+        std::to_string(process_) + ", this is its forked child " + std::to_string(getpid()) +
+        ": open it after the fork, with read_only=True while the parent has it open, or keep it in the"
+        " parent");
 }
 
 void Storage::check_may_change(const char* operation, const char* instead) const {

@@ -14,10 +14,9 @@
 // logged and applied in one order; lookups run beside them.
 //
 // Errors: see error.h. ClosedError after close(), ForkedHandleError in a forked child, ReadOnlyError for a change of a
-// storage that is open to be read only. When a sync of the log fails, or in the background an eviction or a cut,
-// the storage latches: reads go on, every later change throws the first error; reopening redoes what was logged, or in
-// mode commit goes back to the last commit. When a cut fails that a caller asked for, what writes to the cold tier
-// throws its error; changes go on.
+// storage that is open to be read only. When a sync of the log or a write of the cold
+// tier fails, the storage latches: reads go on, every later change throws the first error; reopening redoes what was
+// logged, or in mode commit goes back to the last commit.
 #pragma once
 
 #include <array>

@@ -123,6 +123,8 @@ class Store {
   // file. Nothing: there is none.
   virtual std::optional<StoredKey> place_after(const StoredKey& /*key*/) const { return std::nullopt; }
   virtual StoreStats stats() const = 0;
+  // The failed write after which it takes no more, with the way out; null while it does.
+  virtual std::exception_ptr failure() const { return nullptr; }
   // The directory is not ours any more, and perhaps another store's: from here on nothing in it is made, renamed or
   // removed. Any thread; for good.
   virtual void forsake() noexcept {}

@@ -895,7 +895,8 @@ void Tiers::evict_loop() {
       slots_freed_.notify_all();
       continue;
     } catch (...) {
-      fail(std::current_exception());
+      const std::exception_ptr failure = store_.failure();
+      fail(failure ? failure : std::current_exception());
       lock.lock();
       // Nothing more can be written; whoever needs memory gets the error.
       evict_wake_.wait(lock, [this] { return stop_; });

@@ -49,6 +49,7 @@ _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _DAY = 86_400
 _SHOWN = 10  # damages that a message names
 _MIN_DISK = 1 << 26
+_WAY_OUT = ": restore a checkpoint, or bring the good rows into a new storage with Storage.salvage()"
 
 PathLike = str | os.PathLike[str]
 _Options = tuple[int, str, int, int, tuple[int, int] | None, int]  # as the core takes them
@@ -269,7 +270,14 @@ class Storage:
                     f"[open] {' and '.join(idle)} given with read_only=True, which writes nothing: leave it out"
                 )
             mode = "read_only"
-        return _core.Storage.open(text, mode, *options), options
+        try:
+            return _core.Storage.open(text, mode, *options), options
+        except NewerVersionError:
+            raise
+        except CorruptionError as damage:
+            if read_only or "restore a checkpoint" in str(damage):
+                raise
+            raise CorruptionError(f"{damage}{_WAY_OUT}") from None
 
     @classmethod
     def _wrap(cls, opened: tuple[_core.Storage, _Options]) -> Self:
@@ -488,9 +496,10 @@ class Storage:
         except NewerVersionError:
             raise
         except CorruptionError as damage:
+            what = str(damage).removesuffix(_WAY_OUT)
             if not replace_damaged:
                 raise CorruptionError(
-                    f"{damage}. Nothing was changed: to go on from the newest whole checkpoint in {place}, pass"
+                    f"{what}. Nothing was replaced: to go on from the newest whole checkpoint in {place}, pass"
                     " replace_damaged=True, which keeps the damaged directory under another name;"
                     " Storage.salvage() brings its good rows into a new storage"
                 ) from damage
@@ -504,18 +513,21 @@ class Storage:
                     continue
                 if Path(os.path.realpath(checkpoint.path)).is_relative_to(os.path.realpath(target)):
                     raise CorruptionError(
-                        f"{damage}. Nothing was changed: the checkpoint {checkpoint.path} is in the storage's own"
+                        f"{what}. Nothing was replaced: the checkpoint {checkpoint.path} is in the storage's own"
                         " directory, which would be renamed and take it along; move the checkpoints to another place"
                     ) from damage
                 aside = _set_aside(target)
                 warnings.warn(
                     f"[{operation}] the storage {target} is damaged and now at {aside}; {checkpoint.path} takes its"
-                    f" place: {damage}",
+                    f" place: {what}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
                 return cls.restore(checkpoint.path, target, **options)
-            raise
+            raise CorruptionError(
+                f"{what}. Nothing was replaced: there is no checkpoint in {place}; Storage.salvage() brings the good"
+                " rows of the storage into a new one"
+            ) from damage
 
     @staticmethod
     def checkpoints(directory: PathLike) -> list[Checkpoint]:
@@ -633,8 +645,7 @@ class Storage:
             StorageError: The log could not be written or synced. After a failed sync the storage takes no
                 more changes until it is opened again; `last_commit` may be this one then, which power loss undoes.
                 In mode "commit": the disk is full, or refused. The last commit stands. With space a later commit
-                succeeds; one that fails as this one did on a disk that is not full is no passing trouble: open the
-                storage again, which goes back to the last commit.
+                succeeds; where the storage says that it must be opened again, that goes back to the last commit.
         """
         self._core.commit(*_step_and_extra("commit", step, extra))
         if (held := self._core.clock_held_seconds) > 0:

@@ -501,7 +501,9 @@ TEST_CASE("rocksdb store: the first failed write is latched, reads go on, a reop
   REQUIRE_FALSE(first.empty());
   CHECK(first.find(path.string()) != std::string::npos);
   for (int again = 0; again < 2; ++again) {
-    CHECK(failure_of([&] { store->begin_write(); }) == first);
+    const std::string later = failure_of([&] { store->begin_write(); });
+    CHECK(later.starts_with(first + "; nothing more is written"));
+    CHECK(failure_of([&] { std::rethrow_exception(store->failure()); }) == later);
     Entries expected;
     apply_to(expected, numbered(0, 300));
     CHECK(read(*store, sorted_keys(0, 3000)) == expected);

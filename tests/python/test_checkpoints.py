@@ -295,8 +295,11 @@ def test_checkpoints_none_of_which_is_whole_never_make_a_new_storage(three: Path
 def test_a_damaged_storage_is_never_replaced_unasked(three: Path, kept: Path) -> None:
     damage(next(three.glob("generation-*")) / "MANIFEST")
     before = files_of(three)
-    with pytest.raises(de.CorruptionError, match=r"MANIFEST is damaged .*replace_damaged=True.*salvage"):
+    with pytest.raises(de.CorruptionError, match=r"MANIFEST is damaged [^:]*: .*replace_damaged=True.*salvage") as told:
         open_or_restore(three, kept)
+    assert str(told.value).count("salvage") == 1
+    with pytest.raises(de.CorruptionError, match=r"MANIFEST is damaged .*: restore a checkpoint.*Storage\.salvage"):
+        de.Storage(three)
     assert files_of(three) == before
     assert names(three.parent) == ["checkpoints", "table.damo"]
 
@@ -332,7 +335,7 @@ def test_a_damaged_storage_is_not_renamed_with_its_checkpoints_in_it(three: Path
 def test_a_damaged_storage_stays_when_no_checkpoint_is_whole(three: Path, kept: Path, tmp_path: Path) -> None:
     damage(next(three.glob("generation-*")) / "MANIFEST")
     before = files_of(three)
-    with pytest.raises(de.CorruptionError, match="MANIFEST is damaged"):
+    with pytest.raises(de.CorruptionError, match=r"MANIFEST is damaged .* there is no checkpoint in .*absent.*salvage"):
         open_or_restore(three, tmp_path / "absent", replace_damaged=True)
     for step in "123":
         damage(table_of(kept / step))

@@ -202,6 +202,20 @@ def test_killed_within_a_commit_it_is_the_old_one_or_the_new_one(
     assert len(generations(life.path)) == 2  # nothing is left of what was interrupted
 
 
+def test_after_a_commit_that_cannot_be_written_nothing_more_is_learnt_in_vain(life: Life, tmp_path: Path) -> None:
+    life.open()
+    life.train(6)
+    old = life.commit(1)
+    life.train(6)
+    call(life.session, arm, life.path, faults.FAIL, "sync", "ingest.sst", tmp_path / "epitaph")
+    with pytest.raises(AssertionError, match=r"StorageError: .*Input/output error"):
+        life.session("storage_call", "commit", 2)
+    for verb in (lambda: life.train(1), lambda: life.session("storage_call", "commit", 3)):
+        with pytest.raises(AssertionError, match=r"StorageError: .*until the storage is closed and opened again"):
+            verb()
+    assert_same(life.kill_and_look(), old)
+
+
 # ------------------------------------------------------------- close, other modes
 
 

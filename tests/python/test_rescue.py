@@ -300,6 +300,16 @@ def test_what_cannot_be_salvaged_to_is_refused(damaged: Path, made: tuple[Path, 
         de.Storage.salvage(damaged, tmp_path / "out")
     with small(damaged) as storage, pytest.raises(TypeError, match=r"\[verify\] strict is 1"):
         storage.verify(strict=1)  # type: ignore[arg-type]
+    for inside in (damaged / "rescued", next(damaged.glob("generation-*")) / "rescued"):
+        with pytest.raises(de.StorageError, match=r"rescued is among the storage's own files.* give a place outside"):
+            de.Storage.salvage(damaged, inside)
+        assert not inside.exists()
+    with small(damaged) as storage:
+        storage.checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(de.StorageError, match=r"is a checkpoint: restore it"):
+        de.Storage.salvage(tmp_path / "checkpoint", tmp_path / "out")
+    with pytest.raises(de.StorageError, match=r"full is not a storage: it has no generation-"):
+        de.Storage.salvage(tmp_path / "full", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
     assert de.Storage.salvage(damaged, tmp_path / "empty").rows == sum(map(len, made[2]))

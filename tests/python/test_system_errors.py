@@ -69,6 +69,21 @@ def assert_comes_back(server: ForkServer, base: Path, oracle: Oracle) -> None:
         session.kill()
 
 
+@pytest.mark.parametrize("file_class", ["ingest.sst", "rocksdb-manifest"])
+def test_a_cut_that_cannot_be_written_is_heard_of_by_the_next_change(
+    server: ForkServer, tmp_path: Path, file_class: str
+) -> None:
+    """It was kept to itself until memory or the log was full, and in mode commit for good."""
+    failure = (faults.FAIL, "sync", file_class, 1, errno.EIO)
+    after = [SCAN, apply(range(50)), SCAN]
+    oracle, told = train_with_a_failure(server, tmp_path / "base", [apply(range(50))], failure, after)
+    assert sorted(told.raised) == [0, 1, 2]
+    for place in (1, 2):
+        assert told.raised[place][0] == "StorageError"
+        assert "until the storage is closed and opened again" in told.raised[place][1]
+    assert_comes_back(server, tmp_path / "base", oracle)
+
+
 def test_a_storage_opens_after_a_failed_sync_of_the_manifest_of_its_cold_tier(
     server: ForkServer, tmp_path: Path
 ) -> None:

@@ -121,9 +121,14 @@ class WriteState final : public rocksdb::EventListener {
   explicit WriteState(fs::path directory) : directory_(std::move(directory)) {}
 
   void latch(std::exception_ptr error) noexcept {
+    error = with_way_out(std::move(error));
     const std::lock_guard lock(mutex_);
     if (!error_) error_ = std::move(error);
     changed_.notify_all();
+  }
+  std::exception_ptr latched() const {
+    const std::lock_guard lock(mutex_);
+    return error_;
   }
   void rethrow_latched() const {
     const std::lock_guard lock(mutex_);
@@ -162,6 +167,23 @@ class WriteState final : public rocksdb::EventListener {
   }
 
  private:
+  static std::exception_ptr with_way_out(std::exception_ptr error) noexcept {
+    try {
+      try {
+        std::rethrow_exception(error);
+      } catch (const DiskFullError& full) {
+        return std::make_exception_ptr(DiskFullError(std::string(full.what()) + kWayOut));
+      } catch (const StorageError& refused) {
+        return std::make_exception_ptr(StorageError(std::string(refused.what()) + kWayOut));
+      }
+    } catch (...) {  // another error, or no memory for the words
+    }
+    return error;
+  }
+
+  static constexpr char kWayOut[] =
+      "; nothing more is written to the disk until the storage is closed and opened again";
+
   const fs::path directory_;
   mutable std::mutex mutex_;  // protects what follows
   mutable std::condition_variable changed_;
@@ -699,6 +721,7 @@ class RocksdbStore final : public Store {
   std::vector<StoreDamage> verify(uint64_t& files, uint64_t& bytes) override;
   std::optional<StoredKey> place_after(const StoredKey& key) const override;
   StoreStats stats() const override;
+  std::exception_ptr failure() const override { return engine_->write_state->latched(); }
   void forsake() noexcept override { *engine_->forsaken = true; }
   void close() override;
 
