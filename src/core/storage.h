@@ -8,7 +8,7 @@
 //   expiry.cc       the clock, lifetimes, what expired, dropped groups, the limit on disk
 //   cut.cc          cut, checkpoint, restore, dump
 //   recovery_point.cc  mode commit: what a crash goes back to
-//   table.h, .cc    one group's rows: lookup, apply_gradients, erase, scan
+//   table.h, .cc    one group's rows: lookup, scan, and their changes in table_updates.cc
 //
 // Thread safety: all methods of Storage and Table, from any thread. Operations that change rows are numbered,
 // logged and applied in one order; lookups run beside them.
