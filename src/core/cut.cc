@@ -204,8 +204,9 @@ void Storage::restore(const fs::path& checkpoint, const fs::path& path, size_t m
         link_or_copy(from / file.name, to);
       } else {
         fs::copy_file(from / file.name, to);
-        if (!planted("restored files not synced")) fsync_file(to);
       }
+      // Also what is linked: who copied the checkpoint here had no reason to sync it.
+      if (!planted("restored files not synced")) fsync_file(to);
     }
     fsync_directory(generation / "rocksdb");
     for (const auto& [spec, saved] : filters)

@@ -134,6 +134,18 @@ void FileDescriptor::sync() const {
   if (retry([&] { return ::fsync(fd_); }) != 0) throw_system_error("sync", path_);
 }
 
+void FileDescriptor::write_again(uint64_t begin, uint64_t end) const {
+  if (begin >= end) return;
+  std::vector<std::byte> buffer(std::min<uint64_t>(1 << 20, end - begin));
+  for (uint64_t offset = begin; offset < end;) {
+    const std::span piece(buffer.data(), std::min<uint64_t>(buffer.size(), end - offset));
+    if (read_at(piece, offset) != piece.size())
+      throw StorageError("[write] " + path_.string() + " became shorter while it was read");
+    write_at(piece, offset);
+    offset += piece.size();
+  }
+}
+
 void FileDescriptor::sync_data() const {
   if (retry([&] { return ::fdatasync(fd_); }) != 0) throw_system_error("sync", path_);
 }

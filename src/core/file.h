@@ -52,7 +52,10 @@ class FileDescriptor {
   void write_at(Bytes data, uint64_t offset) const;  // all of it
   // Fills `data` from `offset`; returns fewer bytes only at the end of the file.
   size_t read_at(std::span<std::byte> data, uint64_t offset) const;
-  void sync() const;                                // fsync: bytes and length
+  void sync() const;  // fsync: bytes and length
+  // The bytes from `begin` to `end` as they are. After a failed sync the kernel may hold pages that never reached the
+  // disk and call them clean, so that a sync would not write them; this makes them dirty.
+  void write_again(uint64_t begin, uint64_t end) const;
   void sync_data() const;                           // fdatasync: bytes and what is needed to read them
   void truncate(uint64_t bytes) const;              // not synced
   void rename_to(const std::filesystem::path& to);  // replaces `to`; sync the directory to make it durable

@@ -14,6 +14,7 @@
 #include "filter_format.h"
 #include "format.h"
 #include "log_segment.h"
+#include "planted.h"
 
 namespace damo {
 namespace {
@@ -164,7 +165,10 @@ void FilterFile::read_log(uint64_t synced, uint64_t end, bool same_boot) {
   end_ = at;
   synced_ = std::min(synced, end_);
   if (size != end_) file_.truncate(end_);
-  if (!same_boot) sync();
+  // Who made the file, or wrote its end, may have died before the sync, or tried it in vain.
+  name_synced_ = planted("filter named by a name that is not synced");
+  if (same_boot && !planted("filter synced without its end")) file_.write_again(synced_, end_);
+  if (!same_boot || synced_ < end_) sync();
   compact_at_ = longest();
 }
 

@@ -231,6 +231,12 @@ void OperationLog::Impl::recover(const std::function<void(uint64_t, std::string_
       on_state(reader.first_sequence(), reader.state());
       last = reader.first_sequence() - 1;
     }
+    // Rows redone may be evicted at once, so no record is done again that is not on the disk: what the process of
+    // before had not synced, or tried to in vain, may be in the page cache only.
+    if (number == newest && !planted("redone before it is on the disk")) {
+      file.write_again(reader.mark().offset, reader.file_bytes());
+      file.sync_data();
+    }
     read_records(reader, path, number == newest, last, on_record);
     if (number != newest) {
       finished.push_back({path, reader.offset(), last});
@@ -270,22 +276,14 @@ void OperationLog::Impl::pass_over_dropped(SegmentFiles& files, uint64_t dropped
   }
 }
 
-// Cuts what is behind the last record, and makes what was read durable: it may have come from the page cache only.
+// Cuts what is behind the last record; what was read is on the disk already.
 void OperationLog::Impl::settle_end(Segment& segment, const SyncMark& mark, uint64_t file_bytes) {
   if (file_bytes == segment.end && mark.offset == segment.end) return;
   if (planted("end of the log not settled")) return;
-  if (file_bytes != segment.end) segment.file.truncate(segment.end);
-  // After a failed sync the kernel may hold pages that never reached the disk and call them clean; a sync would not
-  // write them. Writing them again makes them dirty.
-  std::vector<std::byte> buffer(std::min(kMebibyte, segment.end - mark.offset));
-  for (uint64_t offset = mark.offset; offset < segment.end;) {
-    const std::span piece(buffer.data(), std::min<uint64_t>(buffer.size(), segment.end - offset));
-    if (segment.file.read_at(piece, offset) != piece.size())
-      throw_damaged(segment.file.path(), offset, "the file became shorter while it was read");
-    segment.file.write_at(piece, offset);
-    offset += piece.size();
+  if (file_bytes != segment.end) {
+    segment.file.truncate(segment.end);
+    segment.file.sync_data();
   }
-  segment.file.sync_data();
   if (mark.offset != segment.end) write_mark(segment, {segment.end, last});
 }
 

@@ -210,7 +210,7 @@ void Storage::open_generation(const fs::path& generation) {
   tiers_ = std::make_unique<Tiers>(
       budget.rows, budget.presence, shards, *store_, *pool_,
       [this](uint64_t sequence) {
-        if (!log_) return;  // while redoing, the log was synced before it was read
+        if (!log_) return;  // while redoing, what is redone was synced before it was read
         check_in_place();   // the files of what is written are made by their names
         log_->sync_to(sequence);
       },
@@ -236,8 +236,6 @@ void Storage::open_generation(const fs::path& generation) {
       .directory = log_directory,
       .storage_id = manifest_.storage_id,
       .segment_bytes = std::clamp<uint64_t>(log_limit_ / 8, size_t{128} << 10, size_t{256} << 20)};
-  // Rows redone may be evicted at once, so what is redone must not be lost afterwards: sync it before reading it.
-  for (const fs::path& segment : list_directory("open", log_directory)) fsync_file(segment);
   auto log = OperationLog::recover(
       log_options,
       [&](uint64_t first_sequence, std::string_view state) {

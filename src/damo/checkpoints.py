@@ -43,7 +43,9 @@ def _replace(storage: de.Storage, target: str) -> None:
         expect_replaceable(target)  # it took a while
         old = _exchange(aside, target)
     except BaseException:
-        _remove(aside)
+        with contextlib.suppress(OSError):  # Ctrl-C may come after the exchange, and then this is the old one
+            _sync_directory(os.path.dirname(target))
+            _remove(aside)
         raise
     _sync_directory(os.path.dirname(target))
     _remove(old)

@@ -91,7 +91,15 @@ class TableKeeper final : public rocksdb::FileSystemWrapper {
   }
   IOStatus RenameFile(const std::string& from, const std::string& to, const IOOptions& options,
                       IODebugContext* debug) override {
-    return *forsaken_ ? refused(to) : target()->RenameFile(from, to, options, debug);
+    if (*forsaken_) return refused(to);
+    const IOStatus status = target()->RenameFile(from, to, options, debug);
+    return fs::path(to).filename() == "CURRENT" ? noted(status) : status;
+  }
+  IOStatus NewDirectory(const std::string& path, const IOOptions& options,
+                        std::unique_ptr<rocksdb::FSDirectory>* directory, IODebugContext* debug) override {
+    IOStatus status = target()->NewDirectory(path, options, directory, debug);
+    if (status.ok()) *directory = std::make_unique<Directory>(std::move(*directory), *this);
+    return status;
   }
   IOStatus LinkFile(const std::string& from, const std::string& to, const IOOptions& options,
                     IODebugContext* debug) override {
@@ -102,6 +110,32 @@ class TableKeeper final : public rocksdb::FileSystemWrapper {
   static IOStatus refused(const std::string& path) {
     return IOStatus::IOError(path, "the directory was removed or replaced");
   }
+  IOStatus noted(IOStatus status) const {
+    if (!status.ok()) *uncertain_ = true;
+    return status;
+  }
+
+  // CURRENT may name a new manifest by the time that the sync of its name fails.
+  class Directory final : public rocksdb::FSDirectoryWrapper {
+   public:
+    Directory(std::unique_ptr<rocksdb::FSDirectory>&& directory, const TableKeeper& keeper)
+        : FSDirectoryWrapper(std::move(directory)), uncertain_(keeper.uncertain_) {}
+
+    IOStatus Fsync(const IOOptions& options, IODebugContext* debug) override {
+      return noted(FSDirectoryWrapper::Fsync(options, debug));
+    }
+    IOStatus FsyncWithDirOptions(const IOOptions& options, IODebugContext* debug,
+                                 const rocksdb::DirFsyncOptions& how) override {
+      return noted(FSDirectoryWrapper::FsyncWithDirOptions(options, debug, how));
+    }
+
+   private:
+    IOStatus noted(IOStatus status) const {
+      if (!status.ok()) *uncertain_ = true;
+      return status;
+    }
+    const Flag uncertain_;
+  };
 
   class ManifestFile final : public rocksdb::FSWritableFileOwnerWrapper {
    public:
