@@ -6,7 +6,8 @@ fdatasync covered, and of what was written since any part: each page of 4 KiB as
 directory has the names of its last fsync, and of what changed since a first part: changes of one directory are not
 reordered. A file that was never synced may be empty, have holes, or be gone; a rename may be missing although the
 renamed file was synced. After a sync that failed, what it should have covered counts as written to the system, which
-will not write it again: another sync that succeeds leaves it out.
+will not write it again: another sync that succeeds leaves it out. The sync of a directory is believed when it succeeds
+after one that failed: where there is a journal it has ended, and nothing succeeds.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from reliability.journal import Disk, Event, Loss, read_journal
 from reliability.oracle import Found, Moment, Operation, Oracle
 from reliability.suite import (
     Expected,
+    Kept,
     ServedSuite,
     ask,
     check_kept,
@@ -69,6 +70,13 @@ class Recorded:
             return self, position
         return self.killed.run.promised(self.killed.position)
 
+    def made(self, base: Path, position: int) -> list[tuple[Kept, Oracle]]:
+        """Checkpoints and dumps of this run, and of those before it, with the oracle that knows what they are of."""
+        _, _, done, issued = self.range_at(position, everything_kept=True)
+        before = [] if self.killed is None else self.killed.run.made(base, self.killed.position)
+        there = [what for what in kept(base, self.expected, done) if what.sequence <= self.expected.sequence(issued)]
+        return before + [(what, self.oracle) for what in there]
+
     def moments_at(self, done: int, issued: int) -> list[Moment]:
         """In mode commit: what it may go back to."""
         moments = self.expected.moments(self.oracle, self.operations, done, issued, self.before)
@@ -87,7 +95,7 @@ class Recorded:
                     issued = place
                 elif letter == "d":
                     done = place
-        if everything_kept:  # as after a kill
+        if everything_kept or (self.closed and position == len(self.events)):  # as after a kill; or a close returned
             low = self.expected.sequence(done)
         else:
             low = self.expected.last_durable(self.operations, done, self.durability == "durable")
@@ -186,9 +194,8 @@ class PowerLoss(ServedSuite):
                 if deeper:
                     oracle = run.promised(position)[0].oracle.from_here(found.sequence)
                     was_killed = Killed(run, position) if kind == "nothing" else None
-                    self.explore(
-                        seed, random, shape, base, oracle, found.groups, depth + 1, states // 4, killed=was_killed
-                    )
+                    more = states // (2 if was_killed else 4)
+                    self.explore(seed, random, shape, base, oracle, found.groups, depth + 1, more, killed=was_killed)
             except AssertionError as error:
                 error.add_note(where)
                 raise
@@ -298,10 +305,10 @@ class PowerLoss(ServedSuite):
         must_exist = run.expected.groups(run.before.groups, done, issued)
         if run.durability != "commit":  # which compares them
             assert must_exist <= found.groups, f"groups {must_exist - found.groups} are lost"
-        made = [what for what in kept(opened, run.expected, done) if what.sequence <= run.expected.sequence(issued)]
+        made = run.made(opened, position)
         if made and random.random() < 0.2:
-            what = made[int(random.integers(len(made)))]
-            if check_kept(self.server, what, shape, draw_options(random, shape), run.oracle):
+            what, oracle = made[int(random.integers(len(made)))]
+            if check_kept(self.server, what, shape, draw_options(random, shape), oracle):
                 self.done["checkpoints and dumps compared"] += 1
         if opened != base:
             _remove(opened)

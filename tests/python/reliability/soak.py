@@ -55,7 +55,8 @@ compares every row, bit for bit, with an oracle in NumPy that shares no code wit
 LIMITS = """\
 ## What is not shown
 
-- A disk that says a sync is done which is not. No software finds that out.
+- A disk that says a sync is done which is not. No software finds that out. Nor a file system without a journal on
+  which the sync of a directory fails, succeeds when it is tried again, and did not write what the first one left.
 - Memory that runs out inside RocksDB or nanobind, or for good: the process may end, which is as a kill. Once,
   elsewhere, it is a MemoryError.
 - A read error in a table file in the moment in which it is handed to RocksDB: the builds of RocksDB that
