@@ -321,6 +321,15 @@ void Storage::close_now() {
   stop_threads();
   if (planted("unlocked before it is closed")) directory_->unlock();
   std::exception_ptr failure;
+  // Not lost if there is a log, and it is still in the directory: it has it, and the next open redoes it.
+  const auto failed = [&](bool lost) {
+    if (lost || !logs_ || !directory_->is_in_place()) failure = std::current_exception();
+    try {
+      log_->sync();
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  };
   if (tiers_ && log_) {
     try {
       check_in_place();
@@ -331,14 +340,10 @@ void Storage::close_now() {
         if (manifest_changed_) save_manifest();
         cut_log();
       }
+    } catch (const DiskFullError&) {
+      failed(false);
     } catch (...) {
-      // Not lost if there is a log, and it is still in the directory: it has it, and the next open redoes it.
-      if (!logs_ || !directory_->is_in_place()) failure = std::current_exception();
-      try {
-        log_->sync();
-      } catch (...) {
-        failure = std::current_exception();
-      }
+      failed(manifest_changed_);  // which alone has a group that nothing was done in yet
     }
   }
   if (tiers_) tiers_->stop();

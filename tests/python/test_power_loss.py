@@ -95,6 +95,19 @@ def train(session: Session, oracle: Oracle, operations: list[Operation]) -> Told
     return told
 
 
+def test_a_close_that_could_not_save_a_group_says_so(machine: Machine) -> None:
+    """The sync of the new manifest failed, so it was not renamed; close() returned, and the group was gone."""
+    with machine.process() as session:
+        ask(session, trainee.open_storage, machine.base, SMALL.name, OPTIONS)
+        train(session, Oracle(SMALL.groups, START), [apply(FIRST), Operation("open_group", SECOND)])
+        ask(session, trainee.arm, faults.FAIL, "sync", "MANIFEST.tmp", 1, errno.EIO)
+        refused = ask(session, trainee.try_to_close)
+        assert refused is not None
+        assert refused[0] == "StorageError"
+        assert "MANIFEST.tmp" in refused[1]
+    assert machine.recover(machine.base).groups == {FIRST}
+
+
 @pytest.mark.parametrize("action", [faults.FAIL, faults.KILL_BEFORE])
 def test_a_group_that_was_made_before_a_kill(machine: Machine, action: int) -> None:
     """The manifest has the new group, and its new name is not on the disk: the sync failed in close(), or the process
@@ -105,7 +118,10 @@ def test_a_group_that_was_made_before_a_kill(machine: Machine, action: int) -> N
         ask(session, trainee.open_storage, machine.base, SMALL.name, OPTIONS)
         train(session, oracle, [apply(FIRST), Operation("open_group", SECOND)])
         ask(session, trainee.arm, action, "sync", "generation", 1, errno.EIO)
-        assert train(session, oracle, [Operation("reopen")]).died == (action == faults.KILL_BEFORE)
+        session.start("call", trainee.train, [Operation("reopen")], oracle.now)
+        told = listen(session)
+        assert told.died == (action == faults.KILL_BEFORE)
+        assert told.died or told.raised[0][0] == "StorageError"
     with machine.process() as session:
         ask(session, trainee.open_storage, machine.base, SMALL.name, OPTIONS)
         train(session, oracle, [apply(SECOND)])
