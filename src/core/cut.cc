@@ -91,10 +91,9 @@ void Storage::cut(const std::function<void(const CutInfo&)>& closed, SavedFilter
     tiers_->cut(std::move(write), std::move(order), info.counters.sequence, [&] {
       if (closed) closed(info);
     });
-  } catch (const DiskFullError&) {
-    throw;  // with space the next one may succeed
   } catch (...) {
-    // Where nothing more can be written, whoever changes rows hears of it now, and not when memory or the log is full.
+    // Where nothing more can be written (a full disk alone is not that), whoever changes rows hears of it now, and not
+    // when memory or the log is full.
     if (std::exception_ptr failure = store_->failure()) tiers_->fail(std::move(failure));
     throw;
   }

@@ -2,8 +2,6 @@
 #include "directory.h"
 #include "planted.h"
 
-#include <unistd.h>
-
 #include <cinttypes>
 #include <cstdio>
 
@@ -112,11 +110,8 @@ StorageDirectory::StorageDirectory(const fs::path& path, OpenMode mode) : path_(
                          " was made by another process meanwhile: open it with Storage.open(path)");
   }
   is_new_ = !has_current;
+  if (!planted("storage whose name is not synced")) sync_name(path_);
   if (is_new_) {
-    // Whoever made it may have died before its name was on the disk. A parent that may not be read was not made by us.
-    const fs::path parent = fs::canonical(path_).parent_path();
-    if (::access(parent.c_str(), R_OK) == 0 && !planted("new storage whose name is not synced"))
-      fsync_directory(parent);
     write_file_atomically(path_ / "CREATING", std::string_view{});
   } else if (creating) {
     fs::remove(path_ / "CREATING");

@@ -7,6 +7,7 @@
 //   [lookup] out has shape (3, 8), expected (3, 16) for group "user"
 #pragma once
 
+#include <exception>
 #include <stdexcept>
 #include <string>
 
@@ -47,6 +48,16 @@ class DiskFullError : public StorageError {
  public:
   using StorageError::StorageError;
 };
+
+inline bool is_disk_full(const std::exception_ptr& error) noexcept {
+  try {
+    std::rethrow_exception(error);
+  } catch (const DiskFullError&) {
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
 
 // A change was asked of a storage that is open to be read only.
 class ReadOnlyError : public Error {

@@ -169,6 +169,15 @@ void FileDescriptor::close() {
 
 void fsync_file(const std::filesystem::path& path) { FileDescriptor("sync", path, O_RDONLY).sync(); }
 
+void sync_name(const std::filesystem::path& path) {
+  const std::filesystem::path above = parent_of(std::filesystem::canonical(path));
+  struct stat own {
+  }, parent{};
+  if (::stat(path.c_str(), &own) != 0) throw_system_error("sync", path);
+  if (::stat(above.c_str(), &parent) != 0 || own.st_dev != parent.st_dev) return;
+  if (::faccessat(AT_FDCWD, above.c_str(), R_OK, AT_EACCESS) == 0) fsync_directory(above);
+}
+
 void fsync_directory(const std::filesystem::path& path) { FileDescriptor("sync", path, O_RDONLY | O_DIRECTORY).sync(); }
 
 std::vector<std::filesystem::path> list_directory(std::string_view operation, const std::filesystem::path& path) {

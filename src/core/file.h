@@ -68,6 +68,9 @@ class FileDescriptor {
 };
 
 void fsync_file(const std::filesystem::path& path);
+// Makes the name of a file or directory durable that is there already: whoever made it may have died before that. Where
+// its directory may not be read, or it is a mount of its own, it was not we who made it, and nothing is done.
+void sync_name(const std::filesystem::path& path);
 // Makes names created in, renamed into or removed from `path` durable.
 void fsync_directory(const std::filesystem::path& path);
 

@@ -167,7 +167,7 @@ void FilterFile::read_log(uint64_t synced, uint64_t end, bool same_boot) {
   if (size != end_) file_.truncate(end_);
   // Who made the file, or wrote its end, may have died before the sync, or tried it in vain.
   name_synced_ = planted("filter named by a name that is not synced");
-  if (same_boot && !planted("filter synced without its end")) file_.write_again(synced_, end_);
+  if (!planted("filter synced without its end")) file_.write_again(synced_, end_);
   if (!same_boot || synced_ < end_) sync();
   compact_at_ = longest();
 }
@@ -274,7 +274,7 @@ void FilterFile::compact() {
 void FilterFile::sync() {
   expect_whole("sync");
   if (!name_synced_) {
-    fsync_directory(path_.parent_path());
+    sync_name(path_);
     name_synced_ = true;
   }
   try {

@@ -361,7 +361,7 @@ SalvageReport Storage::salvage(const fs::path& path, const fs::path& out, const 
       if (path.filename().string().starts_with("generation-")) found.push_back(path);
     // The one in which a process in mode commit worked has none, and is not a storage by itself.
     if (found.size() > 1) std::erase_if(found, [](const fs::path& one) { return !fs::exists(one / "MANIFEST"); });
-    if (found.empty())
+    if (found.empty() && !fs::exists(from / "CURRENT"))
       throw StorageError("[salvage] " + from.string() +
                          (fs::exists(from / "CHECKPOINT")
                               ? " is a checkpoint: restore it into another directory with Storage.restore(checkpoint,"

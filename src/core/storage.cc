@@ -331,6 +331,7 @@ void Storage::close_now() {
     }
   };
   if (tiers_ && log_) {
+    bool unsaved = manifest_changed_;  // the manifest alone has a group that nothing was done in yet
     try {
       check_in_place();
       tiers_->throw_if_failed();
@@ -338,12 +339,11 @@ void Storage::close_now() {
         close_at_recovery_point();
       } else {
         if (manifest_changed_) save_manifest();
+        unsaved = false;
         cut_log();
       }
-    } catch (const DiskFullError&) {
-      failed(false);
     } catch (...) {
-      failed(manifest_changed_);  // which alone has a group that nothing was done in yet
+      failed(unsaved && !is_disk_full(std::current_exception()));  // on a full disk a clean close is worth more
     }
   }
   if (tiers_) tiers_->stop();
@@ -678,12 +678,13 @@ void Storage::maintenance_loop() {
     std::exception_ptr no_space;
     try {
       cut_at = cut_log();
-    } catch (const DiskFullError&) {
-      // The log is as it was, and goes on to twice its bound. The cut is tried again: soon, or when somebody needs it.
-      no_space = std::current_exception();
     } catch (...) {
-      tiers_->fail(std::current_exception());
-      failed = true;
+      const std::exception_ptr error = std::current_exception();
+      failed = store_->failure() || !is_disk_full(error);
+      if (failed)
+        tiers_->fail(error);
+      else  // The log is as it was, and goes on to twice its bound. It is tried again: soon, or when somebody needs it.
+        no_space = error;
     }
     lock.lock();
     no_space_ = no_space;

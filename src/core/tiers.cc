@@ -885,24 +885,23 @@ void Tiers::evict_loop() {
     lock.unlock();
     try {
       evict_some(slot_bytes, target);
-    } catch (const DiskFullError&) {
+      lock.lock();
+    } catch (...) {
+      const std::exception_ptr error = std::current_exception(), failure = store_.failure();
+      if (failure || !is_disk_full(error)) {
+        fail(failure ? failure : error);
+        lock.lock();
+        // Nothing more can be written; whoever needs memory gets the error.
+        evict_wake_.wait(lock, [this] { return stop_; });
+        return;
+      }
       // Its rows stay in memory, changed as they are. Who waits for memory gets the error; who needs some later makes
       // the next attempt.
       lock.lock();
-      no_space_ = std::current_exception();
+      no_space_ = error;
       no_space_in_ = eviction;
       demand_.clear();
-      slots_freed_.notify_all();
-      continue;
-    } catch (...) {
-      const std::exception_ptr failure = store_.failure();
-      fail(failure ? failure : std::current_exception());
-      lock.lock();
-      // Nothing more can be written; whoever needs memory gets the error.
-      evict_wake_.wait(lock, [this] { return stop_; });
-      return;
     }
-    lock.lock();
     slots_freed_.notify_all();
   }
 }

@@ -878,8 +878,8 @@ class Storage:
         Raises:
             StorageError: In mode "commit", which has no log, the changed rows could not be written: the storage is
                 what it was at the last commit. In the others the log could not be synced: power loss may undo what
-                the last commit does not have; or a group in which nothing was done yet could not be saved. In all, the
-                directory was moved or removed. It is closed all the same.
+                the last commit does not have; or a group in which nothing was done yet could not be saved (on a full
+                disk that one is forgotten). In all, the directory was moved or removed. It is closed all the same.
             ValueError: Called by the `progress` of a dump, which it would wait for.
         """
         self._check_not_dumping("close")

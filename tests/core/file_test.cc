@@ -233,5 +233,13 @@ TEST_CASE("file: CRC-32C is the same by instruction and by table, in pieces and 
   CHECK(crc32c_of_file(directory / "x") == crc32c(as_bytes(text)));
 }
 
+TEST_CASE("sync_name: what stands in a directory of another file system is a mount, and has no name to sync") {
+  CHECK_NOTHROW(sync_name("/proc"));
+  CHECK_THROWS_AS(sync_name("/proc/self"), StorageError);  // /proc knows no sync
+  const testing::TemporaryDirectory directory;
+  CHECK_NOTHROW(sync_name(directory.path()));
+  CHECK_THROWS(sync_name(directory / "absent"));
+}
+
 }  // namespace
 }  // namespace damo

@@ -29,7 +29,12 @@ TEST_CASE("rocksdb files: after the sync of a directory that failed no table is 
   };
   CHECK(synced(directory.path()));
   CHECK(make_and_delete("1.sst"));
-  CHECK_FALSE(synced("/proc"));  // which knows no sync
+  REQUIRE_FALSE(synced("/proc"));   // which knows no sync
+  CHECK(make_and_delete("2.sst"));  // no manifest is concerned
+  std::ofstream(directory.path() / "new") << "MANIFEST-000002";
+  const std::string current = directory.path() / "CURRENT";
+  REQUIRE(files->RenameFile(directory.path() / "new", current, rocksdb::IOOptions(), nullptr).ok());
+  REQUIRE_FALSE(synced("/proc"));
   CHECK_FALSE(make_and_delete("2.sst"));
   CHECK(make_and_delete("3.log"));
 }

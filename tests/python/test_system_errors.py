@@ -69,12 +69,15 @@ def assert_comes_back(server: ForkServer, base: Path, oracle: Oracle) -> None:
         session.kill()
 
 
-@pytest.mark.parametrize("file_class", ["ingest.sst", "rocksdb-manifest"])
+@pytest.mark.parametrize(
+    ("file_class", "error"),
+    [("ingest.sst", errno.EIO), ("rocksdb-manifest", errno.EIO), ("rocksdb-manifest", errno.ENOSPC)],
+)
 def test_a_cut_that_cannot_be_written_is_heard_of_by_the_next_change(
-    server: ForkServer, tmp_path: Path, file_class: str
+    server: ForkServer, tmp_path: Path, file_class: str, error: int
 ) -> None:
     """It was kept to itself until memory or the log was full, and in mode commit for good."""
-    failure = (faults.FAIL, "sync", file_class, 1, errno.EIO)
+    failure = (faults.FAIL, "sync", file_class, 1, error)
     after = [SCAN, apply(range(50)), SCAN]
     oracle, told = train_with_a_failure(server, tmp_path / "base", [apply(range(50))], failure, after)
     assert sorted(told.raised) == [0, 1, 2]

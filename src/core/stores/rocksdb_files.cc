@@ -63,7 +63,8 @@ class TableChecks final : public rocksdb::FileSystemWrapper {
   }
 };
 
-// RocksDB takes the tables of an ingestion away again when its manifest could not be written or synced. But the record
+// RocksDB takes the tables of an ingestion away again when its manifest, or the name of a new one, could not be written
+// or synced. But the record
 // of them may have reached the manifest all the same, and then the next open would miss them. So after the first such
 // failure no table is deleted any more; the next open removes those that the manifest does not know.
 //
@@ -92,8 +93,11 @@ class TableKeeper final : public rocksdb::FileSystemWrapper {
   IOStatus RenameFile(const std::string& from, const std::string& to, const IOOptions& options,
                       IODebugContext* debug) override {
     if (*forsaken_) return refused(to);
+    const bool names_manifest = fs::path(to).filename() == "CURRENT";
+    if (names_manifest) *unnamed_ = true;
     const IOStatus status = target()->RenameFile(from, to, options, debug);
-    return fs::path(to).filename() == "CURRENT" ? noted(status) : status;
+    if (names_manifest && !status.ok()) *uncertain_ = true;
+    return status;
   }
   IOStatus NewDirectory(const std::string& path, const IOOptions& options,
                         std::unique_ptr<rocksdb::FSDirectory>* directory, IODebugContext* debug) override {
@@ -110,16 +114,12 @@ class TableKeeper final : public rocksdb::FileSystemWrapper {
   static IOStatus refused(const std::string& path) {
     return IOStatus::IOError(path, "the directory was removed or replaced");
   }
-  IOStatus noted(IOStatus status) const {
-    if (!status.ok()) *uncertain_ = true;
-    return status;
-  }
 
-  // CURRENT may name a new manifest by the time that the sync of its name fails.
+  // CURRENT names a new manifest by the time that the sync of its name fails.
   class Directory final : public rocksdb::FSDirectoryWrapper {
    public:
     Directory(std::unique_ptr<rocksdb::FSDirectory>&& directory, const TableKeeper& keeper)
-        : FSDirectoryWrapper(std::move(directory)), uncertain_(keeper.uncertain_) {}
+        : FSDirectoryWrapper(std::move(directory)), uncertain_(keeper.uncertain_), unnamed_(keeper.unnamed_) {}
 
     IOStatus Fsync(const IOOptions& options, IODebugContext* debug) override {
       return noted(FSDirectoryWrapper::Fsync(options, debug));
@@ -131,10 +131,13 @@ class TableKeeper final : public rocksdb::FileSystemWrapper {
 
    private:
     IOStatus noted(IOStatus status) const {
-      if (!status.ok()) *uncertain_ = true;
+      if (status.ok())
+        *unnamed_ = false;
+      else if (*unnamed_)
+        *uncertain_ = true;
       return status;
     }
-    const Flag uncertain_;
+    const Flag uncertain_, unnamed_;
   };
 
   class ManifestFile final : public rocksdb::FSWritableFileOwnerWrapper {
@@ -171,6 +174,7 @@ class TableKeeper final : public rocksdb::FileSystemWrapper {
   };
 
   const Flag forsaken_, uncertain_ = std::make_shared<std::atomic<bool>>(false);
+  const Flag unnamed_ = std::make_shared<std::atomic<bool>>(false);  // CURRENT was renamed, and not synced since
 };
 
 // The file system of a store that is opened to be read: whatever this or another version of RocksDB may think of, no

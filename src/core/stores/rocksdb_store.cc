@@ -173,6 +173,8 @@ class WriteState final : public rocksdb::EventListener {
         std::rethrow_exception(error);
       } catch (const DiskFullError& full) {
         return std::make_exception_ptr(DiskFullError(std::string(full.what()) + kWayOut));
+      } catch (const CorruptionError& damaged) {
+        return std::make_exception_ptr(CorruptionError(std::string(damaged.what()) + kWayOut));
       } catch (const StorageError& refused) {
         return std::make_exception_ptr(StorageError(std::string(refused.what()) + kWayOut));
       }

@@ -35,7 +35,7 @@ TESTS = {
     "last expired rows not purged": "test_expiry",
     "filter named by a name that is not synced": "test_power_loss",
     "filter synced without its end": "test_power_loss",
-    "new storage whose name is not synced": "test_power_loss",
+    "storage whose name is not synced": "test_power_loss",
     "opened upon an unsynced manifest": "test_power_loss",
     "redone before it is on the disk": "test_power_loss",
 }

@@ -105,7 +105,10 @@ def _fingerprint(path: Path, blob: str) -> str:
     """Of a file as it stands; `blob`, its name in git, changes when it does."""
     if path.suffix not in {".py", ".cc", ".cpp", ".h"}:
         return blob
-    return hashlib.sha256(without_words(path.suffix, path.read_text()).encode()).hexdigest()
+    try:
+        return hashlib.sha256(without_words(path.suffix, path.read_text()).encode()).hexdigest()
+    except (OSError, SyntaxError):  # it is being changed
+        return blob
 
 
 def code(*names: str) -> tuple[str, str]:
