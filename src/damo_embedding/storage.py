@@ -872,8 +872,8 @@ class Storage:
     def close(self) -> None:
         """Writes changed rows to the disk and lets go of the directory. A second call does nothing.
 
-        Calls in flight on other threads end first. When the disk is full nothing is lost: the log has the
-        rows, and the next open does them again.
+        Calls in flight on other threads end first. When the disk is full no row is lost: the log has them,
+        and the next open does them again.
 
         Raises:
             StorageError: In mode "commit", which has no log, the changed rows could not be written: the storage is
