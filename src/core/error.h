@@ -10,6 +10,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace damo {
 
@@ -58,6 +59,12 @@ inline bool is_disk_full(const std::exception_ptr& error) noexcept {
     return false;
   }
 }
+
+// How every error ends that stays.
+inline constexpr std::string_view kUntilOpenedAgain = "until the storage is closed and opened again";
+
+// An error that stays, of the same type, with the way out said if it does not say it yet.
+std::exception_ptr with_way_out(std::exception_ptr error) noexcept;
 
 // A change was asked of a storage that is open to be read only.
 class ReadOnlyError : public Error {

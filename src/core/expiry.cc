@@ -337,7 +337,7 @@ void Storage::disk_loop() {
     } catch (const ClosedError&) {
     } catch (const DiskFullError&) {  // at the next look there may be space
     } catch (...) {
-      tiers_->fail(std::current_exception());
+      tiers_->fail(with_way_out(std::current_exception()));
       break;
     }
     lock.lock();

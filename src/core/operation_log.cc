@@ -125,7 +125,7 @@ struct OperationLog::Impl {
   void latch(std::string_view operation, const std::string& what) {  // holding mutex
     if (!failure.empty()) return;
     failure.append("[").append(operation).append("] ").append(what);
-    failure += "; the log takes nothing more until the storage is closed and opened again";
+    failure.append("; the log takes nothing more ").append(kUntilOpenedAgain);
   }
 
   [[noreturn]] void fail(std::string_view operation, const std::string& what) {

@@ -77,7 +77,11 @@ void Storage::check_may_change(const char* operation, const char* instead) const
                         "open it without read_only to change it");
 }
 
-void Storage::check_writable() const { tiers_->throw_if_failed(); }
+void Storage::check_writable() const {
+  // What a compaction met is known to the store alone until somebody writes there.
+  if (std::exception_ptr failure = store_->failure()) tiers_->fail(std::move(failure));
+  tiers_->throw_if_failed();
+}
 
 void Storage::check_in_place() const {
   if (directory_->is_in_place()) return;
@@ -682,7 +686,7 @@ void Storage::maintenance_loop() {
       const std::exception_ptr error = std::current_exception();
       failed = store_->failure() || !is_disk_full(error);
       if (failed)
-        tiers_->fail(error);
+        tiers_->fail(with_way_out(error));
       else  // The log is as it was, and goes on to twice its bound. It is tried again: soon, or when somebody needs it.
         no_space = error;
     }

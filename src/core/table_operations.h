@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "error.h"
 #include "tiers.h"
 
 namespace damo {
@@ -38,7 +39,7 @@ void after_log(Tiers& tiers, Change&& change) {
   try {
     change();
   } catch (...) {
-    tiers.fail(std::current_exception());
+    tiers.fail(with_way_out(std::current_exception()));
     throw;
   }
 }

@@ -889,7 +889,7 @@ void Tiers::evict_loop() {
     } catch (...) {
       const std::exception_ptr error = std::current_exception(), failure = store_.failure();
       if (failure || !is_disk_full(error)) {
-        fail(failure ? failure : error);
+        fail(failure ? failure : with_way_out(error));
         lock.lock();
         // Nothing more can be written; whoever needs memory gets the error.
         evict_wake_.wait(lock, [this] { return stop_; });

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ class Looked:
     raised: str  # the name of what it raised, or ""
     operations: int  # how many it was
     goes_on: bool  # the storage takes a commit
+    refused: str  # what it said if it does not
 
 
 def look_up(served: Served, call: str, group: int, nth: int) -> Looked:
@@ -30,7 +30,7 @@ def look_up(served: Served, call: str, group: int, nth: int) -> Looked:
     keys = np.arange(100)
     embedding.lookup(keys, insert=False)
     out = np.empty((100, embedding.dimension), np.float32)
-    before, raised, goes_on = storage.stats()["sequence"], "", False
+    before, raised, refused = storage.stats()["sequence"], "", ""
     trainee.arm(served, faults.FAIL, "allocate", "", nth, errno.ENOMEM)
     try:
         if call == "lookup":
@@ -41,7 +41,8 @@ def look_up(served: Served, call: str, group: int, nth: int) -> Looked:
         raised = type(error).__name__
     hit = trainee.disarm(served)[0]
     operations = storage.stats()["sequence"] - before
-    with suppress(MemoryError):
+    try:
         storage.commit(1)
-        goes_on = True
-    return Looked(bool(hit), raised, operations, goes_on)
+    except MemoryError as error:
+        refused = str(error)
+    return Looked(bool(hit), raised, operations, not refused, refused)

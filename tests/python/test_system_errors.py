@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import background_session
 import memory_session
 from reliability import faults, trainee
 from reliability.oracle import Operation, Oracle
@@ -85,6 +86,45 @@ def test_a_cut_that_cannot_be_written_is_heard_of_by_the_next_change(
         assert told.raised[place][0] == "StorageError"
         assert "until the storage is closed and opened again" in told.raised[place][1]
     assert_comes_back(server, tmp_path / "base", oracle)
+
+
+def hear_of_it(server: ForkServer, base: Path, failure: tuple[object, ...], cuts: int, rows: int, log: str) -> None:
+    """A call fails in a background thread: the next update raises it, with the way out, and lookups go on."""
+    session = server.session()
+    try:
+        ask(session, trainee.watch, make_base(base))
+        ask(session, trainee.open_storage, base, SMALL.name, OPTIONS | {"log_bytes": log})
+        ask(session, background_session.update_once, rows)
+        ask(session, trainee.arm, *failure)
+        if cuts:
+            assert ask(session, background_session.cut_until_a_call_has_failed, cuts) > 0, "nothing failed"
+        raised, said, committed, looked = ask(session, background_session.update_until_it_raises, rows)
+        assert ask(session, trainee.disarm)[0] != "", "nothing failed"
+        assert raised == "StorageError"
+        assert "Input/output error" in said
+        assert said.count("until the storage is closed and opened again") == 1
+        assert committed == said
+        assert looked
+    finally:
+        session.kill()
+    session = server.session()
+    try:
+        ask(session, trainee.open_storage, base, SMALL.name, OPTIONS)  # and it opens
+    finally:
+        session.kill()
+
+
+def test_a_compaction_that_cannot_be_written_is_heard_of_by_the_next_change(server: ForkServer, tmp_path: Path) -> None:
+    """It was kept to itself until memory or the log was full."""
+    hear_of_it(server, tmp_path / "base", (faults.FAIL, "write", "sst", 1, errno.EIO), 20, 50, "64MiB")
+
+
+@pytest.mark.parametrize(("call", "file_class"), [("sync", "ingest.sst"), ("unlink", "log")])
+def test_a_cut_in_the_background_that_fails_is_heard_of_by_the_next_change(
+    server: ForkServer, tmp_path: Path, call: str, file_class: str
+) -> None:
+    """What was no failure of the cold tier did not say the way out."""
+    hear_of_it(server, tmp_path / "base", (faults.FAIL, call, file_class, 1, errno.EIO), 0, 5_000, "1MiB")
 
 
 def test_a_storage_opens_after_a_failed_sync_of_the_manifest_of_its_cold_tier(
@@ -171,6 +211,7 @@ def test_a_lookup_that_raises_a_memory_error_made_no_row_or_the_storage_goes_no_
             shutil.rmtree(base)
         assert looked.raised in ("", "MemoryError"), f"allocation {nth}: {looked}"
         assert not (looked.raised and looked.operations and looked.goes_on), f"allocation {nth}: {looked}"
+        assert looked.goes_on or "until the storage is closed and opened again" in looked.refused, f"{nth}: {looked}"
         refused += looked.raised == "MemoryError" and looked.operations == 0
         if not looked.hit:
             break

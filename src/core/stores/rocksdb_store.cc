@@ -167,25 +167,6 @@ class WriteState final : public rocksdb::EventListener {
   }
 
  private:
-  static std::exception_ptr with_way_out(std::exception_ptr error) noexcept {
-    try {
-      try {
-        std::rethrow_exception(error);
-      } catch (const DiskFullError& full) {
-        return std::make_exception_ptr(DiskFullError(std::string(full.what()) + kWayOut));
-      } catch (const CorruptionError& damaged) {
-        return std::make_exception_ptr(CorruptionError(std::string(damaged.what()) + kWayOut));
-      } catch (const StorageError& refused) {
-        return std::make_exception_ptr(StorageError(std::string(refused.what()) + kWayOut));
-      }
-    } catch (...) {  // another error, or no memory for the words
-    }
-    return error;
-  }
-
-  static constexpr char kWayOut[] =
-      "; nothing more is written to the disk until the storage is closed and opened again";
-
   const fs::path directory_;
   mutable std::mutex mutex_;  // protects what follows
   mutable std::condition_variable changed_;
