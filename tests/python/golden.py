@@ -3,6 +3,7 @@
 
     python tests/python/golden.py plain       a manifest of version 1
     python tests/python/golden.py filters     one of version 2, which tells of filters
+    python tests/python/golden.py together    the same, and the log has updates of several groups (record 12)
 
 An archive is never made again: it is there to be opened by every later version. A new format gets an archive of its
 own beside the old ones. In each: `closed`, a storage that was closed; `killed`, one whose process died, with rows on
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 import damo_embedding as de
+from damo_embedding import _core
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 START = 1_700_000_000
@@ -63,22 +65,31 @@ def groups_of(storage: de.Storage, filters: bool) -> dict[str, de.Embedding]:
     return groups
 
 
-def train(storage: de.Storage, groups: dict[str, de.Embedding], begin: int, end: int) -> None:
+def train(
+    storage: de.Storage, groups: dict[str, de.Embedding], begin: int, end: int, together: bool = False
+) -> None:
     for step in range(begin, end):
         random = np.random.default_rng(step)
         storage.now = START + 100 * step
+        updates = []
         for embedding in groups.values():
             keys = random.choice(KEYS, 6)
             embedding.lookup(keys)
-            embedding.apply_gradients(keys, random.standard_normal((6, embedding.dimension)).astype(np.float32))
+            gradients = random.standard_normal((6, embedding.dimension)).astype(np.float32)
+            if together:
+                updates.append((embedding._table, [(_core.Batch(keys), gradients)], None))
+            else:
+                embedding.apply_gradients(keys, gradients)
+        if updates:
+            storage._core.backward_many(updates)  # as the front for torch does at the end of a backward pass
         storage.commit(step=step, extra=f"step {step}".encode())
 
 
-def fill(base: Path, name: str, filters: bool) -> None:
+def fill(base: Path, name: str, filters: bool, together: bool) -> None:
     """Every kind of record, before and after a cut."""
     storage = de.Storage(base / name, memory="16MiB", ttl="never")
     groups = groups_of(storage, filters)
-    train(storage, groups, 0, 6)
+    train(storage, groups, 0, 6, together)
     adagrad = groups["adagrad"]
     weights = np.arange(2 * adagrad.dimension, dtype=np.float32).reshape(2, -1)
     adagrad.import_rows(np.array([1001, 1002]), weights, {"sum": weights + 1}, np.array([3, 4], np.uint32))
@@ -91,7 +102,7 @@ def fill(base: Path, name: str, filters: bool) -> None:
         storage.close()
         return
     storage.checkpoint(base / "a-cut")  # what came before is on the disk, what comes is in the log
-    train(storage, groups, 6, 9)
+    train(storage, groups, 6, 9, together)
     adagrad.import_rows(np.array([1003]), weights[:1], {"sum": weights[:1] + 1})
     groups["adam"].erase(KEYS[3:5])
     os._exit(0)
@@ -121,11 +132,11 @@ def contents(storage: de.Storage, filters: bool) -> tuple[dict[str, Any], dict[s
 
 
 def make(name: str) -> None:
-    filters = name == "filters"
+    filters, together = name != "plain", name == "together"
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
         for storage_name in ("closed", "killed"):
-            process = multiprocessing.get_context("fork").Process(target=fill, args=(base, storage_name, filters))
+            process = multiprocessing.get_context("fork").Process(target=fill, args=(base, storage_name, filters, together))
             process.start()
             process.join()
             assert process.exitcode == 0

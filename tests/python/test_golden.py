@@ -16,9 +16,11 @@ import xxhash
 
 import damo_embedding as de
 from golden import ADDED, DATA, contents, groups_of, train
+from test_format import log
 
 pytestmark = pytest.mark.core
 
+FORMAT = Path(__file__).resolve().parents[2] / "docs" / "format.md"
 ARCHIVES = sorted(path.name.removesuffix(".tar.xz") for path in DATA.glob("*.tar.xz"))
 
 
@@ -38,12 +40,23 @@ def test_there_is_an_archive_of_each_version_of_the_manifest(tmp_path: Path) -> 
     assert versions == set(range(1, int(known[1]) + 1))
 
 
+def test_the_archives_have_every_record_of_the_log(tmp_path: Path) -> None:
+    bodies = FORMAT.read_text().partition("## Record bodies")[2].partition("\n## ")[0]
+    documented = {int(number) for number in re.findall(r"^\| (\d+) \|", bodies, re.MULTILINE)}
+    found: set[int] = set()
+    for name in ARCHIVES:
+        for segment in Golden(name, tmp_path / name).base.glob("*/generation-*/log/*.log"):
+            storage_id = (segment.parents[1] / "MANIFEST").read_bytes()[12:28]
+            found |= {kind for _, kind, _ in log(segment, storage_id)[1]}
+    assert found == documented
+
+
 class Golden:
     def __init__(self, name: str, base: Path) -> None:
         with tarfile.open(DATA / f"{name}.tar.xz") as archive:
             # Python 3.11.2 has no filters yet, later ones want one.
             archive.extractall(base, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-        self.base, self.filters = base, name == "filters"
+        self.base, self.filters, self.together = base, name != "plain", name == "together"
         with np.load(base / "rows.npz") as stored:
             self.arrays = dict(stored)
         self.numbers = json.loads((base / "numbers.json").read_text())
@@ -73,7 +86,7 @@ def test_a_storage_opens_with_every_row_and_goes_on(golden: Golden, name: str) -
         assert not storage.verify().damages
     with de.Storage.open(path, memory="16MiB") as storage:
         golden.check(storage, name)
-        train(storage, groups_of(storage, golden.filters), 60, 63)
+        train(storage, groups_of(storage, golden.filters), 60, 63, golden.together)
         after = contents(storage, golden.filters)
     with de.Storage.open(path, memory="16MiB") as storage:
         again = contents(storage, golden.filters)
