@@ -786,7 +786,7 @@ class Storage:
             What was read, and `damages`, each with its file and, of rows, the group and the key or range of keys.
 
         Raises:
-            CorruptionError: Something is damaged; names it.
+            CorruptionError: Something is damaged, or could not be read; names it and says why.
             StorageError: The changed rows could not be written first.
         """
         if not isinstance(strict, bool):

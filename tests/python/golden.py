@@ -65,9 +65,7 @@ def groups_of(storage: de.Storage, filters: bool) -> dict[str, de.Embedding]:
     return groups
 
 
-def train(
-    storage: de.Storage, groups: dict[str, de.Embedding], begin: int, end: int, together: bool = False
-) -> None:
+def train(storage: de.Storage, groups: dict[str, de.Embedding], begin: int, end: int, together: bool = False) -> None:
     for step in range(begin, end):
         random = np.random.default_rng(step)
         storage.now = START + 100 * step
@@ -136,7 +134,9 @@ def make(name: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
         for storage_name in ("closed", "killed"):
-            process = multiprocessing.get_context("fork").Process(target=fill, args=(base, storage_name, filters, together))
+            process = multiprocessing.get_context("fork").Process(
+                target=fill, args=(base, storage_name, filters, together)
+            )
             process.start()
             process.join()
             assert process.exitcode == 0
