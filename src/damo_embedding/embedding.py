@@ -248,12 +248,14 @@ class Embedding:
             threads may train meanwhile.
 
         Raises:
-            TypeError: keys are not integers, or `out` is not float32.
+            TypeError: keys are not integers, `out` is not float32, or `insert` no bool.
             ValueError: `out` has another shape, or is not contiguous or not writable.
             CorruptionError, StorageError: A row could not be read; `out` is then unspecified.
             ReadOnlyError: The storage is open read-only: pass insert=False.
         """
         array = parse_keys("lookup", keys)
+        if not isinstance(insert, bool | np.bool_):
+            raise TypeError(f"[lookup] insert is {insert!r} ({type(insert).__name__}), expected True or False")
         if not isinstance(missing, str) or missing not in ("initial", "zeros"):
             raise ValueError(f'[lookup] missing is {missing!r}, expected "initial" or "zeros"')
         shape = (*array.shape, self.dimension)

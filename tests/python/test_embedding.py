@@ -751,6 +751,12 @@ BAD_CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "out read-only": (lambda e: e.lookup(K, _read_only()), ValueError, "not writable"),
     "out unaligned": (lambda e: e.lookup(K, _unaligned()), ValueError, "not contiguous"),
     "missing": (lambda e: e.lookup(K, missing="ones"), ValueError, r"\[lookup\] missing is 'ones'"),  # type: ignore[arg-type]
+    "insert a text": (
+        lambda e: e.lookup([9], insert="False"),  # type: ignore[arg-type]
+        TypeError,
+        r"\[lookup\] insert is 'False' \(str\), expected True or False",
+    ),
+    "insert a number": (lambda e: e.lookup([9], insert=1), TypeError, r"\[lookup\] insert is 1 \(int\)"),  # type: ignore[arg-type]
     "gradients of float64": (lambda e: e.apply_gradients(K, np.ones((3, 4))), TypeError, "float64.*float32"),
     "gradients of float16": (lambda e: e.apply_gradients(K, np.ones((3, 4), "f2")), TypeError, "float16"),
     "gradients of integers": (lambda e: e.apply_gradients(K, np.ones((3, 4), int)), TypeError, "int64"),
