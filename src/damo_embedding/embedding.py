@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from damo_embedding import _core
 from damo_embedding.admission import Admission, parse_admission
+from damo_embedding.admission import Settings as Filter
 from damo_embedding.arrays import as_array
 from damo_embedding.errors import SchemaMismatchError
 from damo_embedding.filters import CountingBloomFilter
@@ -52,6 +53,43 @@ class Rows:
     state: dict[str, Floats]  # by name: [n, dimension], or [n, 1] for one float a row
     update_counts: npt.NDArray[np.uint32]  # [n]
     last_updates: npt.NDArray[np.int64]  # [n], seconds since 1970
+
+
+def parse_settings(
+    optimizer: Optimizer,
+    initializer: Initializer,
+    *,
+    dimension: int,
+    group: int | str,
+    seed: int,
+    ttl: Ttl | None,
+    admission: CountingBloomFilter | Literal["all"] | None,
+) -> tuple[
+    int | None, str, int, str, dict[str, float], str, dict[str, float], int, tuple[int, int] | None, Filter | None
+]:
+    """What an embedding is opened with, as the core takes it; nothing is opened."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"[embedding] optimizer is {optimizer!r}, expected an optimizer such as Adam(lr=1e-3)")
+    if not isinstance(initializer, Initializer):
+        raise TypeError(f"[embedding] initializer is {initializer!r}, expected one such as Uniform(-0.01, 0.01)")
+    dimension = parse_int("embedding", "dimension", dimension, 1, _core.MAX_DIMENSION)
+    seed = parse_int("embedding", "seed", seed, 0, 2**64 - 1)
+    if not isinstance(group, str):
+        group = parse_int("embedding", "group", group, 0, 255, "an int or a name")
+    elif not 1 <= len(group.encode()) <= 255:
+        raise ValueError(f"[embedding] the group's name has {len(group.encode())} bytes, expected 1 to 255")
+    return (
+        None if isinstance(group, str) else group,
+        group if isinstance(group, str) else "",
+        dimension,
+        optimizer.name,
+        optimizer._settings(),
+        initializer.name,
+        initializer._settings(),
+        seed,
+        parse_ttl("embedding", ttl),
+        parse_admission("embedding", admission),
+    )
 
 
 class Embedding:
@@ -110,31 +148,12 @@ class Embedding:
     ) -> None:
         if not isinstance(storage, Storage):
             raise TypeError(f"[embedding] storage is {type(storage).__name__}, expected a Storage")
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"[embedding] optimizer is {optimizer!r}, expected an optimizer such as Adam(lr=1e-3)")
-        if not isinstance(initializer, Initializer):
-            raise TypeError(f"[embedding] initializer is {initializer!r}, expected one such as Uniform(-0.01, 0.01)")
-        dimension = parse_int("embedding", "dimension", dimension, 1, _core.MAX_DIMENSION)
-        seed = parse_int("embedding", "seed", seed, 0, 2**64 - 1)
-        if not isinstance(group, str):
-            group = parse_int("embedding", "group", group, 0, 255, "an int or a name")
-        elif not 1 <= len(group.encode()) <= 255:
-            raise ValueError(f"[embedding] the group's name has {len(group.encode())} bytes, expected 1 to 255")
+        self._opened_with = parse_settings(
+            optimizer, initializer, dimension=dimension, group=group, seed=seed, ttl=ttl, admission=admission
+        )
         self._storage = storage
         self._optimizer = optimizer
         self._initializer = initializer
-        self._opened_with = (
-            None if isinstance(group, str) else group,
-            group if isinstance(group, str) else "",
-            dimension,
-            optimizer.name,
-            optimizer._settings(),
-            initializer.name,
-            initializer._settings(),
-            seed,
-            parse_ttl("embedding", ttl),
-            parse_admission("embedding", admission),
-        )
         self._table: _core.Table
         self._open_table()
         self._state = _core.optimizer_state(optimizer.name, optimizer._settings())

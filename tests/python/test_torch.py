@@ -9,6 +9,7 @@ import pickle
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -581,6 +582,13 @@ def test_settings_that_are_wrong_are_refused(storage: de.Storage) -> None:
     with pytest.raises(TypeError, match="expected a name and a Feature"):
         EmbeddingCollection(storage, {"a": 4}, optimizer=SGD)
     assert storage.groups() == {} or not storage.groups()
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"optimizer": de.Adam}, {"group": 256}, {"initializer": 0.0}])
+def test_a_collection_with_a_wrong_feature_makes_no_group(storage: de.Storage, wrong: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"\[embedding\] {next(iter(wrong))} is"):
+        EmbeddingCollection(storage, {"a": Feature(4), "b": Feature(4, **wrong)}, optimizer=SGD)
+    assert storage.groups() == {}
 
 
 def test_a_module_is_not_copied_or_pickled(storage: de.Storage, item: Embedding) -> None:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from damo_embedding.embedding import Embedding as CoreEmbedding
+from damo_embedding.embedding import parse_settings
 from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.initializers import Initializer
 from damo_embedding.lifetimes import Ttl
@@ -84,20 +85,21 @@ class EmbeddingCollection(torch.nn.Module):
             if feature.optimizer is None and optimizer is None:
                 raise TypeError(f'[EmbeddingCollection] feature "{name}" has no optimizer: give it one, or all one')
         self._storage = storage
-        self._groups: dict[str, Group] = {}
-        for name, feature in self.features.items():
-            chosen = feature.optimizer if feature.optimizer is not None else optimizer
-            assert chosen is not None
-            self._groups[name] = open_group(
-                storage,
-                group=name if feature.group is None else feature.group,
-                dimension=feature.dimension,
-                optimizer=chosen,
-                initializer=initializer if feature.initializer is None else feature.initializer,
-                seed=seed if feature.seed is None else feature.seed,
-                ttl=ttl if feature.ttl is None else feature.ttl,
-                admission=admission if feature.admission is None else feature.admission,
-            )
+        settings: dict[str, dict[str, Any]] = {
+            name: {
+                "group": name if feature.group is None else feature.group,
+                "dimension": feature.dimension,
+                "optimizer": optimizer if feature.optimizer is None else feature.optimizer,
+                "initializer": initializer if feature.initializer is None else feature.initializer,
+                "seed": seed if feature.seed is None else feature.seed,
+                "ttl": ttl if feature.ttl is None else feature.ttl,
+                "admission": admission if feature.admission is None else feature.admission,
+            }
+            for name, feature in self.features.items()
+        }
+        for one in settings.values():
+            parse_settings(**one)  # all of them before the first is made
+        self._groups: dict[str, Group] = {name: open_group(storage, **one) for name, one in settings.items()}
         self._padding = {name: padding_key(feature.padding_idx) for name, feature in self.features.items()}
 
     @property
