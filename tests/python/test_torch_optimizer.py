@@ -9,6 +9,7 @@ import gc
 import pickle
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,6 +168,32 @@ def test_a_state_of_other_groups_is_refused(storage: de.Storage) -> None:
     state = SparseOptimizer([a, b]).state_dict()
     with pytest.raises(ValueError, match=r"of the groups \['a', 'b'\], this optimizer has \['b', 'a'\]"):
         SparseOptimizer([b, a]).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: 5, "state_dict is int, expected the dictionary that state_dict"),
+        (lambda _: {}, "state_dict has no state and no param_groups"),
+        (lambda state: {**state, "state": []}, "state is list"),
+        (lambda state: {**state, "param_groups": [5]}, r"param_groups is \[5\], expected a list of dictionaries"),
+        (lambda state: {**state, "param_groups": [{"name": "item"}]}, "a group has no lr and no params"),
+        (lambda state: {**state, "param_groups": []}, r"the state is of the groups \[\]"),
+        (lambda state: {**state, "param_groups": [{**state["param_groups"][0], "lr": "1"}]}, "lr is '1'"),
+        (lambda state: {**state, "param_groups": [{**state["param_groups"][0], "lr": -1.0}]}, "lr is -1.0"),
+        (lambda state: {**state, "param_groups": [{**state["param_groups"][0], "params": 0}]}, "params is 0"),
+    ],
+)
+def test_what_is_no_state_is_refused_at_the_door(storage: de.Storage, change: Any, message: str) -> None:
+    optimizer = SparseOptimizer(Embedding(storage, group="item", dimension=DIMENSION, optimizer=de.SGD(lr=1.0)))
+    before = optimizer.state_dict()
+    with pytest.raises((TypeError, ValueError), match=rf"\[load_state_dict\] {message}"):
+        optimizer.load_state_dict(change(before))
+    assert optimizer.state_dict() == before
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)  # as torch's own optimizers may have it
+    other = SparseOptimizer(Embedding(storage, group="item", dimension=DIMENSION, optimizer=de.SGD(lr=1.0)))
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 0.5
 
 
 def test_zero_grad_drops_what_no_step_has_applied(item: Embedding) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, overload
 
 import torch
 
+from damo_embedding.settings import _MAX_FLOAT, _number
 from damo_embedding.torch import backward_pass
 from damo_embedding.torch.collection import EmbeddingCollection
 from damo_embedding.torch.embedding import Embedding
@@ -120,11 +121,15 @@ class SparseOptimizer(torch.optim.Optimizer):
             stand_in.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; ValueError when the groups have other names, or these in another order."""
-        given = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-        names = [one.get("name") for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+        """As torch's. Whatever is wrong is said before anything changes.
+
+        Raises:
+            TypeError, ValueError: It is not what `state_dict()` gives; says what is missing.
+            ValueError: The groups have other names, or these in another order.
+        """
+        names = [group["name"] for group in _groups_in(state_dict)]
         ours = [group["name"] for group in self.param_groups]
-        if len(names) == len(ours) and names != ours:
+        if names != ours:
             raise ValueError(
                 f"[load_state_dict] the state is of the groups {names}, this optimizer has {ours}: make it with the"
                 " same modules in the same order"
@@ -142,6 +147,47 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> NoReturn:
         raise no_copy(self, self.parameters()[0].pending.group.storage)
+
+
+def _groups_in(state_dict: object) -> list[dict[str, Any]]:
+    """The `param_groups` of what `SparseOptimizer.state_dict` gave: with all that a step reads of them."""
+    operation = "load_state_dict"
+    if not isinstance(state_dict, dict):
+        raise TypeError(
+            f"[{operation}] state_dict is {type(state_dict).__name__}, expected the dictionary that state_dict() gives"
+        )
+    _require(operation, "state_dict", state_dict, ("state", "param_groups"))
+    if not isinstance(state_dict["state"], dict):
+        raise TypeError(f"[{operation}] state is {type(state_dict['state']).__name__}, expected a dictionary")
+    groups = state_dict["param_groups"]
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise TypeError(f"[{operation}] param_groups is {groups!r:.200}, expected a list of dictionaries")
+    for group in groups:
+        _require(operation, "a group", group, ("name", "lr", "params"))
+        params = group["params"]
+        if not isinstance(params, list) or not all(isinstance(param, int) for param in params):
+            raise TypeError(f"[{operation}] params is {params!r:.200}, expected the numbers of the stand-ins")
+        for name in ("lr", "scheduled_lr"):
+            if name in group:
+                _number(operation, name, _as_number(group[name]), 0.0, _MAX_FLOAT)
+    return groups
+
+
+def _require(operation: str, what: str, given: dict[str, Any], names: tuple[str, ...]) -> None:
+    if absent := [name for name in names if name not in given]:
+        raise ValueError(
+            f"[{operation}] {what} has no {' and no '.join(absent)}, expected {', '.join(names)}, as state_dict() gives"
+        )
+
+
+def _as_number(value: Any) -> Any:
+    """A rate may be a tensor of one number, too."""
+    if isinstance(value, torch.Tensor):
+        try:
+            return value.item()
+        except RuntimeError:  # of several, or without values
+            return value
+    return value
 
 
 def _rate(group: Group) -> dict[str, float]:
