@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from damo_embedding.integers import parse_int
+
 __all__ = ["Damage", "SalvageReport", "VerifyReport"]
 
 
@@ -19,10 +21,12 @@ class Damage:
     mixed: tuple[int, int] | None  # of a range of rows: `mix(key)` (docs/format.md) from the first to the last
 
     def contains(self, group: int, key: int) -> bool:
-        """Whether the row of `key` (int64 or uint64) is among those in question."""
-        if self.group != group or self.mixed is None:
+        """Whether the row of `key` (int64 or uint64) is among those in question; `group` is the group's number."""
+        number = parse_int("contains", "group", group, 0, 255, "the group's number")
+        bits = parse_int("contains", "key", key, -(2**63), 2**64 - 1) % 2**64
+        if self.group != number or self.mixed is None:
             return False
-        return self.mixed[0] <= _mix(key % 2**64) <= self.mixed[1]
+        return self.mixed[0] <= _mix(bits) <= self.mixed[1]
 
 
 @dataclass(frozen=True)

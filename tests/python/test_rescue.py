@@ -315,6 +315,19 @@ def test_what_cannot_be_salvaged_to_is_refused(damaged: Path, made: tuple[Path, 
     assert de.Storage.salvage(damaged, tmp_path / "empty").rows == sum(map(len, made[2]))
 
 
+def test_what_is_no_row_is_not_looked_for_among_the_damages() -> None:
+    damage = de.Damage("a file", "a block", 3, None, (0, 2**64 - 1))
+    assert damage.contains(3, -1)
+    assert damage.contains(3, np.uint64(2**64 - 1))
+    assert not damage.contains(4, 1)
+    with pytest.raises(TypeError, match=r"\[contains\] group is 'user', expected the group's number"):
+        damage.contains("user", 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"\[contains\] key is 1.5"):
+        damage.contains(3, 1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\[contains\] key is 18446744073709551616"):
+        damage.contains(3, 2**64)
+
+
 def test_the_mix_is_that_of_the_format() -> None:
     assert _mix(0) == 0
     assert _mix(1) == 0xB456BCFC34C2CB2C
