@@ -10,18 +10,21 @@ from typing import Any, Self
 import numpy as np
 
 import damo_embedding as de
-from reliability.bad_input import (
+from reliability.bad_input import Argument, BadInput, Call
+from reliability.bad_values import (
     DIMENSION,
     EMBEDDING,
     MANY,
-    Argument,
-    BadInput,
     Rule,
-    either,
+    at_least_0,
+    flag,
     integer,
     is_relative,
+    keep,
+    name_of_group,
     nothing,
     one_of,
+    or_none,
 )
 from reliability.suite import SkippedError
 
@@ -30,7 +33,7 @@ class BadInputOfTorch(BadInput):
     name = "bad-input-torch"
     title = "bad-input matrix of the front for torch"
     unit = "arguments"
-    small = full = 48
+    small = full = 56
 
     def __enter__(self) -> Self:
         for package in ("torch", "safetensors"):
@@ -55,7 +58,7 @@ class BadInputOfTorch(BadInput):
             {"params": []}, {"params": [torch.ones(1)]},
         ]  # fmt: skip
 
-    def _arguments(self) -> list[Argument]:
+    def _calls(self) -> tuple[list[Call], list[Argument]]:
         import torch
 
         from damo_embedding import torch as front
@@ -108,6 +111,17 @@ class BadInputOfTorch(BadInput):
                 return all(map(is_plain, value))
             return value is None or type(value) in (bool, int, float, str, bytes, bytearray)
 
+        def is_dictionary(value: Any) -> bool:
+            return isinstance(value, dict)
+
+        def is_one_number(value: Any) -> bool:
+            return isinstance(value, list) and len(value) == 1 and type(value[0]) is int
+
+        def is_rate(value: Any) -> bool:
+            if isinstance(value, torch.Tensor):
+                return value.numel() == 1 and not value.is_meta and at_least_0(value.detach().item())
+            return at_least_0(value)
+
         def is_module(value: Any) -> bool:
             return isinstance(value, torch.nn.Module)
 
@@ -117,38 +131,41 @@ class BadInputOfTorch(BadInput):
                 return all(map(is_module, value))
             return value is None or isinstance(value, torch.optim.Optimizer | torch.nn.Module)
 
-        padding: Rule = either(one_of(None), integer(-(2**63), MANY - 1))
+        padding: Rule = or_none(integer(-(2**63), MANY - 1))
         shared = {name: rule for name, rule in EMBEDDING.items() if name not in ("dimension", "group")}
         missing = {"missing": one_of("initial", "zeros")}
-        # The name of a call, the call with named arguments, those that are right, the rules.
-        makers: list[tuple[str, Any, dict[str, Any], dict[str, Rule]]] = [
-            (
+        own = {name: or_none(rule) for name, rule in EMBEDDING.items() if name not in ("storage", "dimension")}
+        pooling = {"pooling": one_of(None, "sum", "mean")}
+        item, fields, (sparse, _) = model.item, model.fields, optimizers
+        item(ids), fields({"a": ids, "b": (ids, offsets)})
+        self.sparse, state = sparse, sparse.state_dict()
+        training = {"model": model, "optimizer": optimizers, "storage": storage}
+        calls = [
+            Call(
                 "Embedding",
                 front.Embedding,
                 {"storage": storage, "group": 9, "dimension": DIMENSION, "optimizer": adam},
                 {**EMBEDDING, **missing, "padding_idx": padding},
             ),
-            (
+            Call(
                 "EmbeddingCollection",
                 front.EmbeddingCollection,
                 {"storage": storage, "features": {"z": front.Feature(DIMENSION)}, "optimizer": adam},
                 {**shared, **missing, "features": nothing},
             ),
-            (
+            # Some of it is looked at when the collection is made.
+            Call(
                 "Feature",
-                lambda **named: front.EmbeddingCollection(storage, {"z": front.Feature(**named)}, optimizer=adam),
+                lambda **named: front.EmbeddingCollection(
+                    storage, {"y": front.Feature(DIMENSION), "z": front.Feature(**named)}, optimizer=adam
+                ),
                 {"dimension": DIMENSION},
-                {
-                    name: either(one_of(None), rule)
-                    for name, rule in EMBEDDING.items()
-                    if name not in ("storage", "dimension")
-                }
-                | {"dimension": EMBEDDING["dimension"], "pooling": one_of(None, "sum", "mean"), "padding_idx": padding},
+                {**own, **pooling, "dimension": EMBEDDING["dimension"], "padding_idx": padding},
             ),
-            (
+            Call(
                 "save_checkpoint",
                 front.save_checkpoint,
-                {"directory": new, "model": model, "optimizer": optimizers, "storage": storage, "step": 1},
+                {"directory": new, **training, "step": 1},
                 {
                     "directory": is_relative,
                     "model": is_module,
@@ -156,38 +173,69 @@ class BadInputOfTorch(BadInput):
                     "storage": nothing,
                     "step": integer(0, 2**63 - 1),
                     "reader_state": is_plain,
-                    "keep": either(one_of(None), integer(1, 2**31 - 1)),
+                    "keep": keep,
                 },
             ),
-            (
+            Call(
                 "load_checkpoint",
                 front.load_checkpoint,
-                {"checkpoints": place, "model": model, "optimizer": optimizers, "storage": storage},
+                {"checkpoints": place, **training},
                 # Another module has other names: torch's own error.
                 {
                     "checkpoints": lambda value: isinstance(value, Path) and value == Path(),  # where the test stands
                     "model": is_module,
                     "optimizer": nothing,
                     "storage": nothing,
-                    "strict": one_of(True, False),
+                    "strict": flag,
                 },
             ),
+            Call("Embedding.forward", item.forward, {"ids": ids}, {"ids": is_ids}),
+            Call(
+                "EmbeddingCollection.forward",
+                fields.forward,
+                {"inputs": {"a": ids, "b": (ids, offsets)}},
+                {"inputs": nothing},
+            ),
+            Call("SparseOptimizer", front.SparseOptimizer, {"modules": model}, {"modules": nothing}),
+            Call("SparseOptimizer.step", sparse.step, {}, {"closure": or_none(callable)}),
+            Call(
+                "SparseOptimizer.load_state_dict",
+                sparse.load_state_dict,
+                {"state_dict": state},
+                {"state_dict": nothing},
+            ),
         ]
-        found = [
-            Argument(f"{name}({argument})", lambda value, f=f, r=right, a=argument: f(**{**r, a: value}), rule)
-            for name, f, right, rules in makers
-            for argument, rule in rules.items()
+        inputs, params = "EmbeddingCollection.forward(inputs)", "SparseOptimizer.add_param_group(param_group)"
+
+        def named(value: Any) -> None:
+            features = {"y": front.Feature(DIMENSION), value: front.Feature(DIMENSION)}
+            front.EmbeddingCollection(storage, features, optimizer=adam)
+
+        def state_with(value: Any, name: str) -> None:
+            sparse.load_state_dict({**state, name: value})
+
+        def group_with(value: Any, name: str) -> None:
+            state_with([{**groups[0], name: value}, *groups[1:]], "param_groups")
+
+        groups, loaded = state["param_groups"], "SparseOptimizer.load_state_dict(state_dict)"
+        return calls, [
+            Argument(f"{loaded}, state", lambda value: state_with(value, "state"), is_dictionary),
+            Argument(f"{loaded}, param_groups", lambda value: state_with(value, "param_groups"), nothing),
+            Argument(f"{loaded}, a group", lambda value: state_with([value, *groups[1:]], "param_groups"), nothing),
+            Argument(f"{loaded}, name", lambda value: group_with(value, "name"), one_of("user")),
+            Argument(f"{loaded}, params", lambda value: group_with(value, "params"), is_one_number),
+            Argument(f"{loaded}, lr", lambda value: group_with(value, "lr"), is_rate),
+            Argument(f"{inputs}, a feature", lambda value: fields({"a": value, "b": (ids, offsets)}), is_ids),
+            Argument(f"{inputs}, a pooled feature", lambda value: fields({"a": ids, "b": value}), is_bags),
+            Argument(f"{inputs}, offsets", lambda value: fields({"a": ids, "b": (ids, value)}), nothing),
+            Argument("EmbeddingCollection(features), a name", named, name_of_group),
+            Argument(params, sparse.add_param_group, nothing),
+            Argument(f"{params}, params", lambda value: sparse.add_param_group({"params": value}), nothing),
         ]
-        item, fields, (sparse, _) = model.item, model.fields, optimizers
-        found += [
-            Argument("forward(ids)", item, is_ids),
-            Argument("forward(inputs)", fields, nothing),
-            Argument("forward(a feature)", lambda value: fields({"a": value, "b": (ids, offsets)}), is_ids),
-            Argument("forward(a pooled feature)", lambda value: fields({"a": ids, "b": value}), is_bags),
-            Argument("forward(offsets)", lambda value: fields({"a": ids, "b": (ids, value)}), nothing),
-            Argument("SparseOptimizer(modules)", front.SparseOptimizer, nothing),
-            Argument("step(closure)", sparse.step, lambda value: value is None or callable(value)),
-            Argument("add_param_group(param_group)", sparse.add_param_group, nothing),
-            Argument("add_param_group(params)", lambda value: sparse.add_param_group({"params": value}), nothing),
-        ]
-        return found
+
+    def _content(self) -> Any:
+        return super()._content(), repr(self.sparse.state_dict())
+
+    def __exit__(self, *exception: Any) -> None:
+        del self.sparse
+        super().__exit__(*exception)
