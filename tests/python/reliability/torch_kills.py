@@ -12,6 +12,7 @@ import numpy as np
 
 from reliability import faults, trainee
 from reliability.suite import ServedSuite, SkippedError, scratch
+from reliability.workload import DURABILITIES
 from storage_server import PATIENCE, ForkServer, Session, fork_server
 
 KILLS = 6
@@ -52,7 +53,9 @@ class TorchKills(ServedSuite):
                 if random.random() < 0.5:
                     arm(session, place, directory / "epitaph", random)
                     until = None  # a life that never comes by the point goes to the end
-                start(session, train, place, plan, draw_options(random))
+                options = draw_options(random)
+                self.done[f"lives in mode {options['durability']}"] += 1
+                start(session, train, place, plan, options)
                 try:
                     ended, reached = follow(session, until)
                 finally:
@@ -109,7 +112,7 @@ def draw_options(random: np.random.Generator) -> dict[str, Any]:
         "memory": str(random.choice(["16MiB", "24MiB"])),
         "threads": int(random.integers(1, 4)),
         "log_bytes": str(random.choice(["1MiB", "64MiB"])),
-        "durability": str(random.choice(["logged", "durable"])),
+        "durability": str(random.choice(DURABILITIES)),
     }
 
 
