@@ -114,8 +114,8 @@ class PowerLoss(ServedSuite):
     name = "power-loss"
     title = "simulated power loss: unsynced bytes and directory entries are dropped"
     promise = (
-        "what was committed, or returned in mode durable, is there, and a prefix of what followed, nothing torn; "
-        "in mode commit exactly the last commit"
+        "what was committed, checkpointed or dumped, or returned in mode durable, is there, and a prefix of what "
+        "followed, nothing torn; in mode commit exactly the last commit"
     )
     unit = "disks"
     small = 1_000

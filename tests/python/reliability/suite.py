@@ -146,6 +146,10 @@ def hear_the_rest(told: Told, session: Session) -> None:
         told.take(message)
 
 
+# What syncs the log in mode logged: once it has returned, all that came before it survives power loss.
+SYNCED = ("commit", "checkpoint", "dump", "scan", "verify", "drop_group", "reopen")
+
+
 @dataclass
 class Expected:
     """The oracle after operations, and what each of them made."""
@@ -169,7 +173,7 @@ class Expected:
     def last_durable(self, operations: list[Operation], done: int, durable: bool) -> int:
         """The sequence number that survives power loss once the operations up to place `done` have returned."""
         for place in range(done, -1, -1):
-            if durable or operations[place].verb in ("commit", "reopen", "drop_group"):
+            if durable or operations[place].verb in SYNCED:
                 return self.sequences[place]
         return self.sequence_before
 
