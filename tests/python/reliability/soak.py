@@ -168,6 +168,8 @@ def work(name: str, todo: Any, results: Any) -> None:
                 before, started, failure = Counter(suite.done), time.monotonic(), ""
                 try:
                     suite.case(seed)
+                except SkippedError:
+                    raise
                 except Exception:
                     failure = traceback.format_exc().replace(f"{ROOT}/", "")
                 results.put((seed, dict(suite.done - before), failure, time.monotonic() - started))
@@ -206,6 +208,7 @@ def run(name: str, units: int, cases: int, first: int, jobs: int, until: float) 
             seed, did, failure, _ = results.get(timeout=1_200)
             if seed is None:
                 entry["skipped"] = failure
+                print(f"{name}: {failure}", flush=True)
                 break
             ahead[seed] = did, failure
             todo.put(next_seed)
@@ -245,12 +248,14 @@ def page(record: dict[str, Any]) -> str:
         if entry is None:
             lines.append(f"| {kind.title} (`{name}`) | {kind.promise} | not run | | | |")
             continue
-        if "skipped" in entry:
+        if "skipped" in entry and not entry["cases"]:
             lines.append(f"| {kind.title} (`{name}`) | {kind.promise} | {entry['skipped']} | | {entry['commit']} | |")
             continue
         seeds = f"{entry['first_seed']} to {entry['first_seed'] + entry['cases'] - 1}" if entry["cases"] else ""
         failures = ", ".join(str(failure["seed"]) for failure in entry["failures"]) or "none"
         count = f"{entry['done'].get(kind.unit, 0):,} {kind.unit}"
+        if "skipped" in entry:  # where it was run last; another machine had done these
+            count += f"; then {entry['skipped']}"
         lines.append(
             f"| {kind.title} (`{name}`) | {kind.promise} | {count} | {failures} | `{entry['commit']}` | {seeds} |"
         )
