@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reliability import soak, trainee
+from reliability import planted, soak, trainee
 from reliability.journal import Disk, Event, Loss
 from reliability.oracle import Found, Operation, Oracle
 from reliability.suite import SkippedError, ask, expect, listen, make_base
@@ -114,6 +114,16 @@ def test_a_record_goes_on_where_only_words_changed(suffix: str, text: str, befor
     assert before in text
     changed = text.replace(before, after)
     assert (soak.without_words(suffix, text) == soak.without_words(suffix, changed)) is same
+
+
+def test_a_test_that_fails_without_a_defect_has_noticed_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    defect, test = next(iter(planted.TESTS.items()))
+    said = {defect: "FAILED a", "none": ""}
+    monkeypatch.setattr(planted, "run_test", lambda name, _: said[name])
+    assert planted.noticed(defect, ["kill"], 0, 0, 1.0) == (test, "FAILED a")
+    said["none"] = "FAILED b"
+    with pytest.raises(SystemExit, match=f"{test} fails without a defect, too: FAILED b"):
+        planted.noticed(defect, ["kill"], 0, 0, 1.0)
 
 
 def oracle_after(count: int) -> Oracle:
@@ -253,6 +263,17 @@ def test_a_trainee_takes_its_time_with_it_through_a_reopening(tmp_path: Path) ->
             finally:
                 session.kill()
     assert oracle.numbers_at(oracle.sequence).clock == START + 500
+
+
+def test_a_skip_does_not_hide_what_was_done_before() -> None:
+    entry = {
+        "code": "a", "commit": "a", "first_seed": 0, "cases": 3, "done": {"power losses": 9}, "failures": [],
+        "seconds": 1.0, "skipped": "skipped: mounting needs root",
+    }  # fmt: skip
+    (line,) = (line for line in soak.page({"ext4-power-loss": entry}).split("\n") if "(`ext4-power-loss`)" in line)
+    assert "| 9 power losses; then skipped: mounting needs root | none | `a` | 0 to 2 |" in line
+    entry |= {"cases": 0, "done": {}}
+    assert "| skipped: mounting needs root | | a | |" in soak.page({"ext4-power-loss": entry})
 
 
 # A model of a disk: what a power loss leaves.

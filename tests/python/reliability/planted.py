@@ -59,6 +59,8 @@ def notice(name: str, seconds: float, seed: int = 0, stride: int = 0) -> str:
             while time.monotonic() < end and not (name == "bad-input" and seed >= SUITES[name].small):
                 try:
                     suite.case(seed)
+                except SkippedError:
+                    raise
                 except Exception as error:
                     said = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
                     return f"seed {seed}: {said}"
@@ -82,9 +84,9 @@ def run(defect: str, name: str, seconds: float, seed: int = 0, stride: int = 0) 
     return done.stdout.strip() or (f"it ended with {done.returncode}" if done.returncode else "")
 
 
-def run_test(defect: str) -> str:
-    """What its own test said, where it has one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/python/{TESTS[defect]}.py"]
+def run_test(defect: str, test: str) -> str:
+    """What a test said."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/python/{test}.py"]
     tested = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "DAMO_DEFECT": defect}, stdout=subprocess.PIPE, text=True, check=False
     )
@@ -96,7 +98,9 @@ def noticed(
     defect: str, suites: Sequence[str], first: int, stride: int, seconds: float, last: str = ""
 ) -> tuple[str, str]:
     """The suite (or the test) that noticed it, and what it said. Begins with the suite that noticed it last time."""
-    if defect in TESTS and (said := run_test(defect)):
+    if defect in TESTS and (said := run_test(defect, TESTS[defect])):
+        if without := run_test("none", TESTS[defect]):
+            raise SystemExit(f"{TESTS[defect]} fails without a defect, too: {without}")
         return TESTS[defect], said
     share = seconds / len(suites)
     tries = [(last, share)] if last in suites else []
