@@ -260,18 +260,24 @@ def test_dense_state_is_that_of_the_step_of_the_rows(path: Path, tmp_path: Path)
         rows = dt.Embedding(storage, group=8, dimension=1, optimizer=de.SGD(lr=1.0), initializer=de.Zeros())
         model = torch.nn.ModuleDict({"rows": rows, "dense": torch.nn.Linear(1, 1, bias=False)})
         torch.nn.init.zeros_(model["dense"].weight)
-        optimizers = {"dense": torch.optim.SGD(model["dense"].parameters(), lr=1.0), "rows": dt.SparseOptimizer(model)}
-        for step in range(1, 7):  # the row and the dense weight go down by one at each
+        dense = torch.optim.SGD(model["dense"].parameters(), lr=1.0, momentum=0.5)
+        optimizers = {"dense": dense, "rows": dt.SparseOptimizer(model)}
+        weights = {}
+        for step in range(1, 7):  # the row goes down by one at each
             (model["rows"](torch.tensor([1])).sum() + model["dense"](torch.ones(1)).sum()).backward()
             for optimizer in optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad()
+            weights[step] = model["dense"].weight.item()
             if step % 2 == 0:
                 dt.save_checkpoint(tmp_path / "kept" / str(step), model, optimizers, storage, step)
         for step in (4, 2, 6):
             resumed = dt.load_checkpoint(tmp_path / "kept" / str(step), model, optimizers, storage)
             assert resumed.step == step
-            assert rows.embedding.lookup([1], insert=False).item() == model["dense"].weight.item() == -step
+            assert rows.embedding.lookup([1], insert=False).item() == -step
+            assert model["dense"].weight.item() == weights[step]
+            (momentum,) = (state["momentum_buffer"].item() for state in dense.state.values())
+            assert momentum == 2 - 0.5 ** (step - 1)
 
 
 def test_a_checkpoint_has_no_row_newer_than_its_step(path: Path, tmp_path: Path) -> None:

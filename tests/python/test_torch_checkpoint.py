@@ -10,6 +10,8 @@ import os
 import random as python_random
 import shutil
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,69 @@ def test_without_a_checkpoint_a_new_training_begins(training: Training, kept: Pa
     training.learn(1)
     with pytest.raises(de.StorageError, match=r"no checkpoint in .*checkpoints, but .* has \d+ operations"):
         training.load(kept)
+
+
+class Gpus:
+    """As many as there are states of random numbers, for the calls that ask for them."""
+
+    def __init__(self, *states: int) -> None:
+        self.states = [torch.full((16,), state, dtype=torch.uint8) for state in states]
+
+    def set(self, states: list[torch.Tensor]) -> None:
+        assert len(states) == len(self.states)
+        self.states = [state.clone() for state in states]
+
+    @property
+    def numbers(self) -> list[int]:
+        return [int(state[0]) for state in self.states]
+
+    @contextmanager
+    def there(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: bool(self.states))
+            patch.setattr(torch.cuda, "device_count", lambda: len(self.states))
+            patch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in self.states])
+            patch.setattr(torch.cuda, "set_rng_state_all", self.set)
+            yield
+
+
+def test_the_random_numbers_of_gpus_go_on(training: Training, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(1, 2)
+    with gpus.there():
+        training.save(kept / "1", 1)
+        gpus.set(Gpus(3, 4).states)
+        training.load(kept)
+        assert gpus.numbers == [1, 2]
+
+        def refuse(*arguments: Any) -> None:
+            assert gpus.numbers == [1, 2]
+            raise de.StorageError("no")
+
+        gpus.set(Gpus(5, 6).states)
+        monkeypatch.setattr(training.storage, "_go_back_to", refuse)
+        with pytest.raises(de.StorageError, match="no"):
+            training.load(kept)
+        assert gpus.numbers == [5, 6]
+
+
+@pytest.mark.parametrize(("saved", "here"), [((1, 2), (7,)), ((1,), (7, 8)), ((1, 2), ()), ((), (7,))])
+def test_those_of_another_number_of_gpus_are_left_with_a_warning(
+    training: Training, kept: Path, saved: tuple[int, ...], here: tuple[int, ...]
+) -> None:
+    training.learn(1)
+    with Gpus(*saved).there():
+        training.save(kept / "1", 1)
+    before = training.bits()
+    training.learn(1)
+    gpus = Gpus(*here)
+    said = (
+        rf"^\[load_checkpoint\] the random numbers of {len(saved)} GPUs were saved, here are {len(here)}: .* not set$"
+    )
+    with gpus.there(), pytest.warns(RuntimeWarning, match=said) as told:
+        assert training.load(kept) is not None
+    assert told[0].filename == __file__
+    assert gpus.numbers == list(here)
+    assert training.bits() == before
 
 
 # ------------------------------------------------------------------- refused
@@ -487,9 +552,13 @@ def test_what_cannot_be_saved_leaves_nothing(training: Training, kept: Path, tmp
 def test_nothing_is_pickled(training: Training, kept: Path) -> None:
     training.learn(1)
     training.save(kept / "1", 1)
-    for file in (kept / "1").iterdir():
-        assert file.is_dir() or b"ctorch" not in file.read_bytes()
+    training.storage.checkpoint(kept / "2")
+    files, of_rows = ({file.name for file in (kept / name).iterdir()} for name in "12")
+    assert files - of_rows == {"training.json", "dense.safetensors"}
+    assert of_rows == {"CHECKPOINT", "MANIFEST", "rocksdb"}
     json.loads((kept / "1" / "training.json").read_text())
+    dense = (kept / "1" / "dense.safetensors").read_bytes()
+    json.loads(dense[8 : 8 + int.from_bytes(dense[:8], "little")])
 
 
 def test_a_checkpoint_of_a_storage_alone_is_not_one_of_a_training(training: Training, kept: Path) -> None:
