@@ -58,7 +58,8 @@ LIMITS = """\
 - A disk that says a sync is done which is not. No software finds that out. Nor a file system without a journal on
   which the sync of a directory fails, succeeds when it is tried again, and did not write what the first one left.
 - Memory that runs out inside RocksDB or nanobind, or for good: the process may end, which is as a kill. Once,
-  elsewhere, it is a MemoryError.
+  elsewhere, it is a MemoryError. `call-fails` lets one `operator new` of the calling thread fail, once, and tries a
+  sample of the tens of thousands that there are.
 - A read error in a table file in the moment in which it is handed to RocksDB: the builds of RocksDB that
   distributions ship end the process then. What was logged is redone at the next open.
 - More than one flipped bit may pass a checksum, with a probability of 2^-32 (rows, tables, what torch adds to a
