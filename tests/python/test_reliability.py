@@ -20,7 +20,7 @@ from reliability.journal import Disk, Event, Loss
 from reliability.oracle import Found, Operation, Oracle
 from reliability.suite import SkippedError, ask, expect, listen, make_base
 from reliability.suites import SUITES
-from reliability.workload import SMALL, START, Workload
+from reliability.workload import SMALL, START, Workload, again
 from storage_server import fork_server
 
 pytestmark = pytest.mark.core
@@ -37,7 +37,7 @@ STRIDE = {"call-fails": 23}
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), [(name, part) for name, parts in PARTS.items() for part in range(parts)])
 def test_what_is_promised_holds(name: str, part: int) -> None:
-    """Fails with the seed of the case: scripts/soak NAME --seed SEED shows it again."""
+    """Fails with the command that shows the case again."""
     kind = SUITES[name]
     try:
         with kind() as suite:
@@ -47,7 +47,7 @@ def test_what_is_promised_holds(name: str, part: int) -> None:
                 try:
                     suite.case(seed)
                 except AssertionError as error:
-                    error.add_note(f"scripts/soak {name} --seed {seed}")
+                    error.add_note(again(name, seed))
                     raise
                 place += PARTS[name]
                 assert place < part + 100_000, f"{suite.done}"

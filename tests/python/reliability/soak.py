@@ -32,6 +32,7 @@ from typing import Any
 
 from reliability.suite import SkippedError
 from reliability.suites import SUITES
+from reliability.workload import again
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCS, APART = ROOT / "docs", ROOT / "build" / "soak"
@@ -219,8 +220,9 @@ def run(name: str, units: int, cases: int, first: int, jobs: int, until: float) 
                 did, failure = ahead.pop(next_counted)
                 done.update(did)
                 if failure:
-                    entry["failures"].append({"seed": next_counted, "what": failure})
-                    print(f"FAILED: scripts/soak {name} --seed {next_counted}\n{failure}", flush=True)
+                    command = again(name, next_counted)
+                    entry["failures"].append({"seed": next_counted, "again": command, "what": failure})
+                    print(f"FAILED: {command}\n{failure}", flush=True)
                 next_counted += 1
             entry.update(
                 cases=next_counted - first, done=dict(done), seconds=round(base + time.monotonic() - started, 1)

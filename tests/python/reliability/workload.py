@@ -15,9 +15,16 @@ from reliability.oracle import Operation
 from storage_server import Group
 
 START = 2**40  # ahead of any wall clock: time is the workload's
-# Of a replay: behind the wall clock, and so near that this is believed. The same in the processes that this one starts.
-REPLAY_START = int(os.environ.setdefault("DAMO_REPLAY_START", str(int(time.time()) - 60 * 86_400)))
+# Of a replay: behind the wall clock, and so near that this is believed: 60 to 90 days. It is the same for a month, for
+# this process and those that it starts; later again() sets it.
+_MONTH = 30 * 86_400
+REPLAY_START = int(os.environ.setdefault("DAMO_REPLAY_START", str((int(time.time()) // _MONTH - 2) * _MONTH)))
 DURABILITIES = ("commit", "logged", "durable")
+
+
+def again(suite: str, seed: int) -> str:
+    """The command that does a case again, also when it is no longer this month."""
+    return f"DAMO_REPLAY_START={REPLAY_START} scripts/soak {suite} --seed {seed}"
 
 
 @dataclass(frozen=True)
