@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,9 +15,9 @@ import numpy as np
 import xxhash
 
 from reliability import trainee
-from reliability.oracle import Found, Operation, Oracle
+from reliability.oracle import Found, Operation, Oracle, Rows, compare_rows
 from reliability.suite import DiedError, ServedSuite, ask, expect, listen, make_base, scratch
-from reliability.workload import SMALL, START, Workload
+from reliability.workload import SMALL, START, TIGHT, Shape, Workload
 from storage_server import Session
 
 OPTIONS: dict[str, Any] = {"memory": "16MiB", "threads": 1, "log_bytes": "1MiB"}
@@ -58,6 +60,7 @@ def ours(tree: Tree) -> Tree:
 class Specimen:
     """A storage at rest. It comes back with exactly `high` when nothing is damaged."""
 
+    shape: Shape
     storage: Tree
     checkpoint: Tree
     oracle: Oracle
@@ -159,7 +162,7 @@ class Damaged(ServedSuite):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._specimens: dict[int, Specimen] = {}
+        self._specimens: dict[tuple[int, str], Specimen] = {}
         self._session: Session | None = None
         return self
 
@@ -174,21 +177,21 @@ class Damaged(ServedSuite):
             self._session = self.server.session()
         return self._session
 
-    def specimen(self, number: int) -> Specimen:
-        if number not in self._specimens:
+    def specimen(self, number: int, shape: Shape = SMALL) -> Specimen:
+        if (number, shape.name) not in self._specimens:
             with scratch() as directory:
-                self._specimens[number] = self._make(number, make_base(directory / "base"))
-        return self._specimens[number]
+                self._specimens[number, shape.name] = self._make(number, shape, make_base(directory / "base"))
+        return self._specimens[number, shape.name]
 
-    def _make(self, number: int, base: Path) -> Specimen:
-        workload = Workload([number, 31], SMALL)
-        oracle = Oracle(SMALL.groups, START)
+    def _make(self, number: int, shape: Shape, base: Path) -> Specimen:
+        workload = Workload([number, 31], shape)
+        oracle = Oracle(shape.groups, START)
         checkpoint = base / "checkpoints" / "all"
         session = self.server.session()
         try:
-            ask(session, trainee.open_storage, base, SMALL.name, OPTIONS)
+            ask(session, trainee.open_storage, base, shape.name, OPTIONS)
             # A reopening leaves the files of filters; the end is what was never synced.
-            operations = [*workload.draw(15, without=("checkpoint", "dump")), Operation("reopen")]
+            operations = [*workload.fill(), *workload.draw(15, without=("checkpoint", "dump")), Operation("reopen")]
             operations += workload.draw(15, without=("checkpoint", "dump"))
             operations += workload.draw(8, without=("commit", "reopen", "scan", "dump", "checkpoint", "drop_group"))
             session.start("call", trainee.train, operations[:-8], oracle.now)
@@ -207,7 +210,7 @@ class Damaged(ServedSuite):
             session.kill()
         assert low <= oracle.sequence
         oracle.rows_at = cache(oracle.rows_at)  # type: ignore[method-assign]  # nothing happens to it any more
-        return Specimen(read_tree(base / "table.damo"), read_tree(checkpoint), oracle, low, oracle.sequence)
+        return Specimen(shape, read_tree(base / "table.damo"), read_tree(checkpoint), oracle, low, oracle.sequence)
 
     def recover(self, base: Path, checkpoint: Path | None = None) -> Found | tuple[str, str]:
         """What is there, or the error that says it is damaged."""
@@ -298,7 +301,7 @@ class Flips(Damaged):
 
 class ColdFlips(Damaged):
     name = "cold-flips"
-    title = "random flips in the files of a storage's RocksDB"
+    title = "random flips in the files of a storage's RocksDB, before it is opened and while it is"
     promise = "each row is right, or its reading raises CorruptionError; never a missing, a default or another row"
     unit = "damaged files"
     small = 100
@@ -307,48 +310,139 @@ class ColdFlips(Damaged):
 
     def case(self, seed: int) -> None:
         random = np.random.default_rng([seed, 33])
-        specimen = self.specimen(int(random.integers(self.SPECIMENS)))
-        tree = dict(specimen.storage)
-        files = sorted(name for name, content in tree.items() if "/rocksdb/" in name and content)
+        if random.random() < 1 / 3:
+            self._while_open(seed, random)
+        else:
+            self._before_opening(random)
+
+    def _pick(self, random: np.random.Generator, files: list[str]) -> str:
+        """A table more often than another file."""
         tables = [name for name in files if name.endswith(".sst")]
         pick = tables if tables and random.random() < 0.7 else files
-        name = pick[int(random.integers(len(pick)))]
-        if name in tables and random.random() < 0.2:
+        return pick[int(random.integers(len(pick)))]
+
+    def _before_opening(self, random: np.random.Generator) -> None:
+        specimen = self.specimen(int(random.integers(self.SPECIMENS)))
+        tree = dict(specimen.storage)
+        name = self._pick(random, sorted(name for name, content in tree.items() if "/rocksdb/" in name and content))
+        if name.endswith(".sst") and random.random() < 0.2:
             how = [damage_row(random, tree, name)]
         else:
             how = [damage(random, tree, name) for _ in range(int(random.integers(1, 4)))]
         if not any(how):
             return
-        with scratch() as base:
+        keys = _keys(specimen.oracle.rows_at(specimen.high))
+        with scratch() as base, self._blaming(how, name):
             write_tree(tree, make_base(base) / "table.damo")
-            try:
-                answer = ask(self.session, trainee.try_to_read_all, base, SMALL.name, OPTIONS, self._keys(specimen))
-                self._check(specimen, answer)
-            except DiedError as died:
+            answer = ask(self.session, trainee.try_to_read_all, base, SMALL.name, OPTIONS, keys)
+            _check(answer, specimen.oracle.rows_at(specimen.high))
+        self._count(name, "", bool(answer["errors"]))
+
+    def _while_open(self, seed: int, random: np.random.Generator) -> None:
+        """Bits change in a file of a storage that is open; it is trained, read, closed, opened again."""
+        # Of the second shape more rows than memory holds: they go to the disk meanwhile and come back.
+        specimen = self.specimen(int(random.integers(2)), SMALL if random.random() < 0.5 else TIGHT)
+        shape, oracle = specimen.shape, specimen.oracle.from_here(specimen.high)
+        workload = Workload([seed, 34], shape)
+        without = ("checkpoint", "dump", "reopen", "verify", "set_now", "expire")
+        operations = workload.draw(int(random.integers(3, 25)), without=without)
+        with scratch() as base:
+            write_tree(specimen.storage, make_base(base) / "table.damo")
+            ask(self.session, trainee.open_storage, base, shape.name, OPTIONS)
+            directory = next((base / "table.damo").glob("generation-*/rocksdb"))
+            files = [path.name for path in directory.iterdir() if path.is_file() and path.stat().st_size]
+            name = self._pick(random, sorted(files))
+            how = [flip(random, directory / name) for _ in range(int(random.integers(1, 4)))]
+            with self._blaming(how, f"{name}, while it was open"):
+                noticed = self._train_read_and_open_again(base, shape, oracle, operations)
+        self._count(name, ", open", noticed)
+
+    def _train_read_and_open_again(self, base: Path, shape: Shape, oracle: Oracle, operations: list[Operation]) -> bool:
+        """Whether anything was raised."""
+        self.session.start("call", trainee.train, operations, oracle.now)
+        told = listen(self.session)
+        if told.died:
+            raise DiedError("train")
+        expected = expect(oracle, operations[: told.issued + 1], told)
+        sequence, half_done = oracle.sequence, False
+        errors = [(name, text) for name, text, _ in told.raised.values()]
+        for place, (name, text, sequence) in told.raised.items():
+            before, after = expected.sequence(place - 1), expected.sequence(place)
+            verb = operations[place].verb
+            assert sequence in (before, after), f"{verb} raised {name}: {text}, after {sequence} operations"
+            # What cannot be read is told before anything has happened. But a compaction may stop an update amid its
+            # parts: it is logged, whoever opens the storage again has all of it, and nothing is built upon it before.
+            half_done = before < sequence and verb != "compact"
+        # What has expired by now is there for nobody who reads, but for who opens it again and takes no time from it.
+        now, opened = (oracle.rows_at(sequence, clock) for clock in (oracle.now, None))
+        checkpoint = base / "checkpoints" / "1"
+        failed = ask(self.session, trainee.try_to_checkpoint, checkpoint)
+        answer = ask(self.session, trainee.try_to_read_on, _keys(now))
+        if half_done:
+            assert failed is not None, "a checkpoint was made of what is half done"
+            assert not answer["scans"], "what is half done was scanned"
+            self.done["open: left half done"] += 1
+        else:
+            _check(answer, now)
+        closed = ask(self.session, trainee.try_to_close)
+        errors += [error for error in (failed, closed) if error is not None]
+        _check_errors(errors)
+        errors += answer["errors"]
+        for restored in [None] if failed else [None, checkpoint]:
+            place = base if restored is None else make_base(base / "restored")
+            answer = ask(self.session, trainee.try_to_read_all, place, shape.name, OPTIONS, _keys(opened), restored)
+            _check(answer, opened)
+            errors += answer["errors"]
+        return bool(errors)
+
+    @contextmanager
+    def _blaming(self, how: list[str], name: str) -> Iterator[None]:
+        try:
+            yield
+        except DiedError as died:
+            self._session = None
+            raise AssertionError(f"the process died in {died}: {how} in {name}") from died
+        except AssertionError as wrong:
+            if self._session is not None:  # it may have the storage open still
+                self._session.kill()
                 self._session = None
-                raise AssertionError(f"the process died: {how} in {name}") from died
-            except AssertionError as wrong:
-                wrong.add_note(f"{how} in {name}")
-                raise
+            wrong.add_note(f"{how} in {name}")
+            raise
+
+    def _count(self, name: str, when: str, noticed: bool) -> None:
         file = name.rpartition("/")[2]
         kind = ".sst" if file.endswith(".sst") else file.split("-")[0]
         self.done["damaged files"] += 1
-        self.done[f"{kind}: {'noticed' if answer['errors'] else 'no harm'}"] += 1
+        self.done[f"{kind}{when}: {'noticed' if noticed else 'no harm'}"] += 1
 
-    @staticmethod
-    def _keys(specimen: Specimen) -> dict[int, Any]:
-        rows = specimen.oracle.rows_at(specimen.high)
-        return {group: found.keys for group, found in rows.items() if len(found.keys)}
 
-    def _check(self, specimen: Specimen, answer: dict[str, Any]) -> None:
-        for name, text in answer["errors"]:
-            assert name == "CorruptionError", f"{name}: {text}"
-            assert "table.damo/" in text or " key " in text, f"it names neither a file nor a key: {text}"
-        rows = specimen.oracle.rows_at(specimen.high)
-        for (group, begin), weights in answer["lookups"].items():
-            expected = rows[group].weights[begin : begin + len(weights)]
-            assert weights.tobytes() == expected.tobytes(), f"group {group}: a lookup returned other weights"
-        for group, found in answer["scans"].items():
-            specimen.oracle.compare_group(group, found, specimen.high)
-        for group, count in answer["rows"].items():
-            assert count == len(rows[group].keys), f"group {group} has {count} rows, expected {len(rows[group].keys)}"
+def flip(random: np.random.Generator, path: Path) -> str:
+    """Changes a bit where the file is."""
+    with path.open("r+b", buffering=0) as file:
+        at = int(random.integers(path.stat().st_size))
+        (byte,) = os.pread(file.fileno(), 1, at)
+        bit = int(random.integers(8))
+        os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), at)
+    return f"bit {bit} at {at} of {path.stat().st_size}"
+
+
+def _keys(rows: dict[int, Rows]) -> dict[int, Any]:
+    return {group: found.keys for group, found in rows.items() if len(found.keys)}
+
+
+def _check_errors(errors: list[tuple[str, str]]) -> None:
+    for name, text in errors:
+        assert name == "CorruptionError", f"{name}: {text}"
+        says_where = any(part in text for part in ("table.damo/", "checkpoints/", " key "))
+        assert says_where, f"it names neither a file nor a key: {text}"
+
+
+def _check(answer: dict[str, Any], rows: dict[int, Rows]) -> None:
+    _check_errors(answer["errors"])
+    for (group, begin), weights in answer["lookups"].items():
+        expected = rows[group].weights[begin : begin + len(weights)]
+        assert weights.tobytes() == expected.tobytes(), f"group {group}: a lookup returned other weights"
+    for group, found in answer["scans"].items():
+        compare_rows(f"group {group}", found, rows[group])
+    for group, count in answer["rows"].items():
+        assert count == len(rows[group].keys), f"group {group} has {count} rows, expected {len(rows[group].keys)}"

@@ -352,7 +352,7 @@ class Oracle:
         assert found.numbers == numbers, f"after operation {sequence}: {found.numbers}, expected {numbers}"
         assert found.rows.keys() == expected.keys()
         for group, rows in expected.items():
-            _compare_rows(f"group {group} after operation {sequence}", found.rows[group], rows)
+            compare_rows(f"group {group} after operation {sequence}", found.rows[group], rows)
         for group, (adds, keys, estimates) in found.filters.items():
             bloom = self.filter_at(group, sequence)
             where = f"the filter of group {group} after operation {sequence}"
@@ -385,10 +385,10 @@ class Oracle:
         )
 
     def compare_group(self, group: int, found: Rows, sequence: int) -> None:
-        _compare_rows(f"group {group} after operation {sequence}", found, self.rows_at(sequence)[group])
+        compare_rows(f"group {group} after operation {sequence}", found, self.rows_at(sequence)[group])
 
 
-def _compare_rows(where: str, found: Rows, expected: Rows) -> None:
+def compare_rows(where: str, found: Rows, expected: Rows) -> None:
     order = np.argsort(found.keys)
     keys = found.keys[order]
     if not np.array_equal(keys, expected.keys):

@@ -311,15 +311,28 @@ def try_to_recover(
 
 
 def try_to_read_all(
-    served: Served, base: Path, shape: str, options: dict[str, Any], keys: dict[int, Any]
+    served: Served,
+    base: Path,
+    shape: str,
+    options: dict[str, Any],
+    keys: dict[int, Any],
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Opens, and reads every row in every way there is; keeps what came and what was raised."""
-    answer: dict[str, Any] = {"errors": [], "lookups": {}, "scans": {}, "rows": {}}
+    """Opens, reads as try_to_read_on, and closes."""
     try:
-        open_storage(served, base, shape, options)
+        open_storage(served, base, shape, options, checkpoint)
     except Exception as error:
-        answer["errors"].append((type(error).__name__, str(error)))
-        return answer
+        return {"errors": [(type(error).__name__, str(error))], "lookups": {}, "scans": {}, "rows": {}}
+    answer = try_to_read_on(served, keys)
+    with suppress(de.DamoError):
+        close(served)
+    del served.trainee  # type: ignore[attr-defined]
+    return answer
+
+
+def try_to_read_on(served: Served, keys: dict[int, Any]) -> dict[str, Any]:
+    """Reads every row in every way there is; keeps what came and what was raised."""
+    answer: dict[str, Any] = {"errors": [], "lookups": {}, "scans": {}, "rows": {}}
     for group, wanted in keys.items():
         try:
             embedding = trainee_of(served).embedding(group)
@@ -339,14 +352,19 @@ def try_to_read_all(
             answer["rows"][group] = len(embedding)
         except Exception as error:
             answer["errors"].append((type(error).__name__, str(error)))
-    with suppress(de.DamoError):
-        close(served)
-    del served.trainee  # type: ignore[attr-defined]
     return answer
 
 
 def checkpoint_to(served: Served, path: Path) -> None:
     trainee_of(served).storage.checkpoint(path)
+
+
+def try_to_checkpoint(served: Served, path: Path) -> tuple[str, str] | None:
+    try:
+        checkpoint_to(served, path)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
 
 
 def go_on(served: Served) -> None:
