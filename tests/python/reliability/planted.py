@@ -30,8 +30,10 @@ ORDER = (
     "torch-kill",
 )  # fmt: skip
 # Not the bad-input matrices of the fronts, which reach nothing in the core that bad-input does not.
-# What no suite does has a test of its own: lives that change; what a second process builds upon.
+# What no suite does, or seldom, has a test of its own: lives that change; what a second process builds upon; what a
+# thread in the background met.
 TESTS = {
+    "failed write forgotten": "test_system_errors",
     "last expired rows not purged": "test_expiry",
     "filter named by a name that is not synced": "test_power_loss",
     "filter synced without its end": "test_power_loss",
