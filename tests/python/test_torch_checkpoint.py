@@ -292,6 +292,24 @@ def test_a_failure_changes_nothing(training: Training, kept: Path, tmp_path: Pat
     assert rows_of(training.item.embedding) == before[2]
 
 
+@pytest.mark.parametrize("rate", [np.array(0.05), -1e-9, float("nan")], ids=repr)
+def test_a_rate_that_a_schedule_ended_with_is_loaded_and_put_back(training: Training, kept: Path, rate: Any) -> None:
+    """Found with 1 - step / steps: the last checkpoint could not be loaded, nor a load that failed taken back."""
+    training.learn(1)
+    training.rows.param_groups[0]["lr"] = rate
+    training.save(kept / "1", 1)
+    before = training.bits()
+    wider = torch.nn.ModuleDict({"item": training.item, "head": Training(training.storage, width=9).model["head"]})
+    rows = SparseOptimizer(wider)
+    rows.param_groups[0]["lr"] = rate
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_checkpoint(kept, wider, {**training.states, "rows": rows}, training.storage)
+    assert repr(rows.param_groups[0]["lr"]) == repr(rate)
+    training.rows = training.states["rows"] = SparseOptimizer(training.model)
+    training.load(kept)
+    assert training.bits() == before
+
+
 def test_a_group_of_another_layout_changes_nothing(training: Training, kept: Path, tmp_path: Path) -> None:
     save_checkpoint(kept / "1", training.model, None, training.storage, 1)
     with opened(tmp_path / "other.damo") as storage:

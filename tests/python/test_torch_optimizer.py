@@ -180,7 +180,6 @@ def test_a_state_of_other_groups_is_refused(storage: de.Storage) -> None:
         (lambda state: {**state, "param_groups": [{"name": "item"}]}, "a group has no lr and no params"),
         (lambda state: {**state, "param_groups": []}, r"the state is of the groups \[\]"),
         (lambda state: {**state, "param_groups": [{**state["param_groups"][0], "lr": "1"}]}, "lr is '1'"),
-        (lambda state: {**state, "param_groups": [{**state["param_groups"][0], "lr": -1.0}]}, "lr is -1.0"),
         (lambda state: {**state, "param_groups": [{**state["param_groups"][0], "params": 0}]}, "params is 0"),
     ],
 )
@@ -194,6 +193,45 @@ def test_what_is_no_state_is_refused_at_the_door(storage: de.Storage, change: An
     other = SparseOptimizer(Embedding(storage, group="item", dimension=DIMENSION, optimizer=de.SGD(lr=1.0)))
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("rate", [np.array(0.25), np.array([0.25]), torch.tensor([0.25])], ids=repr)
+def test_a_rate_of_one_number_is_stepped_with_saved_and_loaded(item: Embedding, rate: Any) -> None:
+    """Found with an array: a checkpoint that could be saved and not loaded."""
+    optimizer = SparseOptimizer(item)
+    optimizer.param_groups[0]["lr"] = rate
+    before = stored(item)
+    item(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert moved(item, before) == [0.25, 0.0, 0.0]
+    other = SparseOptimizer(item)
+    other.load_state_dict(optimizer.state_dict())
+    before = stored(item)
+    item(torch.tensor([1])).sum().backward()
+    other.step()
+    assert moved(item, before) == [0.25, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "error"),
+    [(-0.25, ValueError), (np.nan, ValueError), (np.inf, ValueError), ("0.25", TypeError), (True, TypeError)],
+)
+def test_a_step_refuses_a_rate_that_is_none_and_applies_nothing(
+    storage: de.Storage, rate: Any, error: type[Exception]
+) -> None:
+    modules = torch.nn.ModuleList(
+        [Embedding(storage, group=name, dimension=DIMENSION, optimizer=de.SGD(lr=1.0)) for name in ("a", "b")]
+    )
+    optimizer = SparseOptimizer(modules)
+    for module in modules:
+        module(torch.tensor([1])).sum().backward()
+    optimizer.param_groups[1]["lr"] = rate
+    sequence = storage.stats()["sequence"]
+    with pytest.raises(error, match=r"lr is"):
+        optimizer.step()
+    assert storage.stats()["sequence"] == sequence
+    if error is ValueError:  # as a schedule may end with; who only reads has no use for it
+        SparseOptimizer(modules).load_state_dict(optimizer.state_dict())
 
 
 def test_zero_grad_drops_what_no_step_has_applied(item: Embedding) -> None:

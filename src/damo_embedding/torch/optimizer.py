@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, overload
 
+import numpy as np
 import torch
 
 from damo_embedding.settings import _MAX_FLOAT, _number
@@ -78,9 +80,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Applies what the backward passes since the last step have added up: one update of each group.
 
-        A group without gradients is not updated. NaN and infinite gradients raise ValueError; nothing is
-        applied then. (Of groups in several storages: where one of these fails for another reason, a full disk or a
-        schedule that raises, those before it have their updates.)
+        A group without gradients is not updated. NaN and infinite gradients, and a rate below 0, raise ValueError;
+        nothing is applied then. (Of groups in several storages: where one of these fails for another reason, a full
+        disk or a schedule that raises, those before it have their updates.)
         """
         loss = None
         if closure is not None:
@@ -97,7 +99,8 @@ class SparseOptimizer(torch.optim.Optimizer):
                         f'[step] group "{pending.group.label}" has a newer SparseOptimizer; use that one'
                     )
                 if pending.items:
-                    lr = None if _follows_schedule(param_group) else float(param_group["lr"])
+                    rate = _number("step", "lr", _as_number(param_group["lr"]), 0.0, _MAX_FLOAT)
+                    lr = None if _follows_schedule(param_group) else rate
                     updates[pending.group] = (pending.items, lr)
         backward_pass.apply(updates)
         self.zero_grad()
@@ -122,6 +125,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. Whatever is wrong is said before anything changes.
+
+        A rate that no step can use (NaN, below 0) is loaded, as it was saved; `step()` refuses it.
 
         Raises:
             TypeError, ValueError: It is not what `state_dict()` gives; says what is missing.
@@ -169,7 +174,7 @@ def _groups_in(state_dict: object) -> list[dict[str, Any]]:
             raise TypeError(f"[{operation}] params is {params!r:.200}, expected the numbers of the stand-ins")
         for name in ("lr", "scheduled_lr"):
             if name in group:
-                _number(operation, name, _as_number(group[name]), 0.0, _MAX_FLOAT)
+                _check_is_number(operation, name, _as_number(group[name]))
     return groups
 
 
@@ -181,13 +186,19 @@ def _require(operation: str, what: str, given: dict[str, Any], names: tuple[str,
 
 
 def _as_number(value: Any) -> Any:
-    """A rate may be a tensor of one number, too."""
-    if isinstance(value, torch.Tensor):
+    """A rate may be a tensor or an array of one number, too."""
+    if isinstance(value, torch.Tensor | np.ndarray):
         try:
             return value.item()
-        except RuntimeError:  # of several, or without values
+        except (RuntimeError, ValueError):  # of several, or without values
             return value
     return value
+
+
+def _check_is_number(operation: str, name: str, value: Any) -> None:
+    """Of any size: nobody may step with what is loaded, and a load that fails puts back what was there."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"[{operation}] {name} is {value!r} ({type(value).__name__}), expected a number")
 
 
 def _rate(group: Group) -> dict[str, float]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import numbers
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,6 @@ from reliability.bad_values import (
     EMBEDDING,
     MANY,
     Rule,
-    at_least_0,
     flag,
     integer,
     is_relative,
@@ -118,9 +118,12 @@ class BadInputOfTorch(BadInput):
             return isinstance(value, list) and len(value) == 1 and type(value[0]) is int
 
         def is_rate(value: Any) -> bool:
+            """Of any size: a schedule may end with it."""
             if isinstance(value, torch.Tensor):
-                return value.numel() == 1 and not value.is_meta and at_least_0(value.detach().item())
-            return at_least_0(value)
+                value = value.detach().item() if value.numel() == 1 and not value.is_meta else None
+            elif isinstance(value, np.ndarray):
+                value = value.item() if value.size == 1 else None
+            return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
         def is_module(value: Any) -> bool:
             return isinstance(value, torch.nn.Module)
