@@ -591,6 +591,26 @@ def test_a_collection_with_a_wrong_feature_makes_no_group(storage: de.Storage, w
     assert storage.groups() == {}
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"dimension": 8}, "dimension of one is 4, of the other 8"),
+        ({"optimizer": de.Adam()}, r"optimizer of one is SGD\(.*, of the other Adam"),
+        ({"optimizer": de.SGD(lr=0.5)}, r"optimizer of one is SGD\(.*, of the other SGD"),
+        ({"initializer": de.Zeros()}, "initializer of one is Uniform.*, of the other Zeros"),
+        ({"seed": 3}, "seed of one is 0, of the other 3"),
+    ],
+)
+def test_features_that_share_a_group_and_do_not_fit_leave_no_group(
+    storage: de.Storage, other: dict[str, Any], what: str
+) -> None:
+    """Found when the group of the first one was there: put right, the features did not fit the group."""
+    features = {"a": Feature(4, group="item"), "b": Feature(**{"dimension": 4, "group": "item", **other})}
+    with pytest.raises(de.SchemaMismatchError, match=rf"\"a\" and \"b\" share the group 'item', but the {what}"):
+        EmbeddingCollection(storage, features, optimizer=SGD)
+    assert storage.groups() == {}
+
+
 def test_a_module_is_not_copied_or_pickled(storage: de.Storage, item: Embedding) -> None:
     fields = EmbeddingCollection(storage, {"user": Feature(4)}, optimizer=SGD)
     for module in (item, fields, torch.nn.Sequential(item)):

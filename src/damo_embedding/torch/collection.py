@@ -10,6 +10,7 @@ import torch
 
 from damo_embedding.embedding import Embedding as CoreEmbedding
 from damo_embedding.embedding import parse_settings
+from damo_embedding.errors import SchemaMismatchError
 from damo_embedding.filters import CountingBloomFilter
 from damo_embedding.initializers import Initializer
 from damo_embedding.lifetimes import Ttl
@@ -97,8 +98,7 @@ class EmbeddingCollection(torch.nn.Module):
             }
             for name, feature in self.features.items()
         }
-        for one in settings.values():
-            parse_settings(**one)  # all of them before the first is made
+        _check_settings(settings)  # all of them before the first is made
         self._groups: dict[str, Group] = {name: open_group(storage, **one) for name, one in settings.items()}
         self._padding = {name: padding_key(feature.padding_idx) for name, feature in self.features.items()}
 
@@ -167,3 +167,24 @@ def _difference(came: Mapping[str, object], expected: Mapping[str, object]) -> s
     parts = [f"missing: {', '.join(missing)}"] if missing else []
     parts += [f"unknown: {', '.join(map(str, unknown))}"] if unknown else []
     return f"{'; '.join(parts)}; expected {', '.join(expected)}"
+
+
+def _check_settings(settings: dict[str, dict[str, Any]]) -> None:
+    """Also of features that share a group: the first would leave it as it wants it, when the core sees the second."""
+    shared: dict[tuple[int | None, str], tuple[str, dict[str, Any]]] = {}
+    for name, one in settings.items():
+        number, label, dimension, optimizer, rates, initializer, range_, seed, _, _ = parse_settings(**one)
+        fixed = {
+            "dimension": dimension,
+            "optimizer": (optimizer, rates),
+            "initializer": (initializer, range_),
+            "seed": seed,
+        }
+        other, expected = shared.setdefault((number, label), (name, fixed))
+        for what in fixed:
+            if fixed[what] != expected[what]:
+                raise SchemaMismatchError(
+                    f'[EmbeddingCollection] features "{other}" and "{name}" share the group {one["group"]!r}, but the'
+                    f" {what} of one is {settings[other][what]!r}, of the other {one[what]!r}: give both the same, or"
+                    " each a group"
+                )
