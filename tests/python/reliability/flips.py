@@ -364,15 +364,20 @@ class ColdFlips(Damaged):
         if told.died:
             raise DiedError("train")
         expected = expect(oracle, operations[: told.issued + 1], told)
-        sequence, half_done = oracle.sequence, False
+        sequence, before, half_done = oracle.sequence, oracle.sequence, False
         errors = [(name, text) for name, text, _ in told.raised.values()]
         for place, (name, text, sequence) in told.raised.items():
             before, after = expected.sequence(place - 1), expected.sequence(place)
             verb = operations[place].verb
             assert sequence in (before, after), f"{verb} raised {name}: {text}, after {sequence} operations"
-            # What cannot be read is told before anything has happened. But a compaction may stop an update amid its
-            # parts: it is logged, whoever opens the storage again has all of it, and nothing is built upon it before.
+            # What cannot be read is told before anything has happened. But a compaction may stop an update of more
+            # rows than memory holds amid its parts: it is logged, whoever opens the storage again has all of it, and
+            # nothing is built upon it before.
             half_done = before < sequence and verb != "compact"
+            if half_done:
+                in_parts = shape is TIGHT and verb != "commit"
+                assert in_parts, f"{verb} raised {name}, but it is logged: {text}"
+                assert "opened again" in text, f"{verb} is half done and does not say so: {text}"
         # What has expired by now is there for nobody who reads, but for who opens it again and takes no time from it.
         now, opened = (oracle.rows_at(sequence, clock) for clock in (oracle.now, None))
         checkpoint = base / "checkpoints" / "1"
@@ -381,6 +386,8 @@ class ColdFlips(Damaged):
         if half_done:
             assert failed is not None, "a checkpoint was made of what is half done"
             assert not answer["scans"], "what is half done was scanned"
+            _check_errors(answer["errors"])
+            _check_lookups(answer, oracle.rows_at(before, oracle.now), now)
             self.done["open: left half done"] += 1
         else:
             _check(answer, now)
@@ -435,6 +442,17 @@ def _check_errors(errors: list[tuple[str, str]]) -> None:
         assert name == "CorruptionError", f"{name}: {text}"
         says_where = any(part in text for part in ("table.damo/", "checkpoints/", " key "))
         assert says_where, f"it names neither a file nor a key: {text}"
+
+
+def _check_lookups(answer: dict[str, Any], before: dict[int, Rows], after: dict[int, Rows]) -> None:
+    """Of an update that is half done: each row is what it was before or is after it, those that it makes left out."""
+    for (group, begin), weights in answer["lookups"].items():
+        old = dict(zip(before[group].keys.tolist(), before[group].weights, strict=True))
+        chunk = slice(begin, begin + len(weights))
+        keys = after[group].keys[chunk].tolist()
+        for key, new, found in zip(keys, after[group].weights[chunk], weights, strict=True):
+            expected = {new.tobytes(), old[key].tobytes()} if key in old else {found.tobytes()}
+            assert found.tobytes() in expected, f"group {group}, key {key}: a lookup returned other weights"
 
 
 def _check(answer: dict[str, Any], rows: dict[int, Rows]) -> None:
