@@ -7,18 +7,22 @@ Other cases: DAMO_RELIABILITY_SEED=1000 pytest tests/python/test_reliability.py
 from __future__ import annotations
 
 import os
+import queue
+import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from reliability import planted, soak, trainee
+from reliability import flips, planted, soak, trainee
 from reliability.journal import Disk, Event, Loss
-from reliability.oracle import Found, Operation, Oracle
-from reliability.suite import SkippedError, ask, expect, listen, make_base
+from reliability.oracle import Found, Operation, Oracle, Rows
+from reliability.suite import SkippedError, Suite, ask, expect, listen, make_base
 from reliability.suites import SUITES
 from reliability.workload import SMALL, START, Workload, again
 from storage_server import fork_server
@@ -39,20 +43,21 @@ STRIDE = {"call-fails": 23}
 def test_what_is_promised_holds(name: str, part: int) -> None:
     """Fails with the command that shows the case again."""
     kind = SUITES[name]
-    try:
-        with kind() as suite:
-            place = part
-            while suite.done[kind.unit] < kind.small / PARTS[name]:
-                seed = FIRST + place * STRIDE.get(name, 1)
-                try:
-                    suite.case(seed)
-                except AssertionError as error:
-                    error.add_note(again(name, seed))
-                    raise
-                place += PARTS[name]
-                assert place < part + 100_000, f"{suite.done}"
-    except SkippedError as missing:
-        pytest.skip(str(missing))
+    with ExitStack() as stack:
+        try:
+            suite = stack.enter_context(kind())
+        except SkippedError as missing:  # raised later it is a failure: nothing that the suite needs was missing
+            pytest.skip(str(missing))
+        place = part
+        while suite.done[kind.unit] < kind.small / PARTS[name]:
+            seed = FIRST + place * STRIDE.get(name, 1)
+            try:
+                suite.case(seed)
+            except AssertionError as error:
+                error.add_note(again(name, seed))
+                raise
+            place += PARTS[name]
+            assert place < part + 100_000, f"{suite.done}"
 
 
 # ---------------------------------------------------------- the tester, tested
@@ -60,17 +65,54 @@ def test_what_is_promised_holds(name: str, part: int) -> None:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_the_record_of_a_suite_begins_anew_when_what_it_imports_changes(name: str) -> None:
-    module = SUITES[name].__module__
+    modules = f"{SUITES[name].__module__}, reliability.trainee, storage_server"
     command = [
         sys.executable,
         "-c",
-        f"import sys, {module}; print(*(vars(m).get('__file__') for m in sys.modules.values()))",
+        f"import sys, {modules}; print(*(vars(m).get('__file__') for m in sys.modules.values()))",
     ]
     environment = {**os.environ, "PYTHONPATH": str(soak.TESTS)}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    imported = {file for file in printed.split() if file.startswith(f"{soak.TESTS}/")}
-    assert {str(Path(file).relative_to(soak.ROOT)) for file in imported} <= set(soak.depends_on(name))
-    assert all((soak.ROOT / path).exists() for path in soak.depends_on(name))
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    paths = [path for path in soak.depends_on(name) if not path.startswith(":")]
+    excluded = [path.removeprefix(":(exclude)") for path in soak.depends_on(name) if path.startswith(":")]
+    imported = {file for file in printed if file.startswith(f"{soak.TESTS}/")}
+    assert {str(Path(file).relative_to(soak.ROOT)) for file in imported} <= set(paths)
+    assert all((soak.ROOT / path).exists() for path in [*paths, *excluded])
+    seen = [front for front in soak.FRONTS for file in printed if f"{front}/" in file]
+    assert not set(seen) & set(excluded), "it sees a front that it is said not to see"
+
+
+def test_what_only_a_front_is_does_not_begin_the_record_of_the_others_anew() -> None:
+    def files(name: str) -> set[str]:
+        return set(soak.git("ls-files", "--", *soak.depends_on(name)).splitlines())
+
+    fronts = {"src/damo_embedding/torch/optimizer.py", "src/damo/storage.py"}
+    seen = {name: sorted(files(name) & fronts) for name in ("kill", "torch-kill", "bad-input-torch", "bad-input-damo")}
+    assert seen == {
+        "kill": [],
+        "torch-kill": ["src/damo_embedding/torch/optimizer.py"],
+        "bad-input-torch": ["src/damo_embedding/torch/optimizer.py"],
+        "bad-input-damo": ["src/damo/storage.py"],
+    }
+    assert {"src/core/storage.cc", "src/damo_embedding/storage.py", "CMakeLists.txt"} <= files("kill")
+
+
+def test_a_suite_that_cannot_go_on_has_failed_and_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stops(Suite):
+        def case(self, seed: int) -> None:
+            raise SkippedError("umount: target is busy")
+
+    monkeypatch.setitem(SUITES, "stops", Stops)
+    monkeypatch.setattr(soak.signal, "signal", lambda *_: None)
+    todo: queue.Queue[int | None] = queue.Queue()
+    results: queue.Queue[Any] = queue.Queue()
+    todo.put(7)
+    todo.put(None)
+    soak.work("stops", todo, results)
+    seed, _, failure, _ = results.get_nowait()
+    assert seed == 7
+    assert "umount: target is busy" in failure
+    assert results.empty()
 
 
 MODULE = """
@@ -124,6 +166,14 @@ def test_a_test_that_fails_without_a_defect_has_noticed_none(monkeypatch: pytest
     said["none"] = "FAILED b"
     with pytest.raises(SystemExit, match=f"{test} fails without a defect, too: FAILED b"):
         planted.noticed(defect, ["kill"], 0, 0, 1.0)
+
+
+def test_a_test_that_cannot_run_without_a_defect_has_noticed_none(tmp_path: Path) -> None:
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import pytest\n\n@pytest.fixture\ndef a():\n    raise OSError\n\ndef test_a(a):\n    pass\n")
+    assert re.search("ERROR .*test_a", planted.run_test("none", str(broken.with_suffix(""))))
+    broken.write_text("def test_a():\n    pass\n")
+    assert planted.run_test("none", str(broken.with_suffix(""))) == ""
 
 
 def oracle_after(count: int) -> Oracle:
@@ -222,6 +272,22 @@ def test_the_oracle_refuses_what_is_not_exactly_the_storage() -> None:
     found = found_at(oracle, last)
     found.numbers = replace(found.numbers, clock=found.numbers.clock + 1)
     refused(found, "clock")
+
+
+def test_of_an_update_half_done_a_lookup_returns_the_row_of_before_or_of_after() -> None:
+    def rows(*weights: float) -> dict[int, Rows]:
+        count = len(weights)
+        keys, bare = np.arange(count, dtype=np.uint64), np.array(weights, np.float32).reshape(count, 1)
+        return {0: Rows(keys, bare, {}, np.zeros(count, np.uint32), np.zeros(count, np.int64))}
+
+    def check(*found: float) -> None:
+        answer = {"lookups": {(0, 0): np.array(found, np.float32).reshape(len(found), 1)}}
+        flips._check_lookups(answer, rows(1.0, 2.0), rows(3.0, 4.0, 5.0))
+
+    check(1.0, 2.0, 9.0)  # of the third row, which the update makes, nothing is known
+    check(3.0, 2.0, 5.0)
+    with pytest.raises(AssertionError, match="key 1: a lookup returned other weights"):
+        check(1.0, 1.0, 5.0)
 
 
 def test_the_oracle_does_what_the_documents_say() -> None:

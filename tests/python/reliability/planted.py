@@ -88,12 +88,15 @@ def run(defect: str, name: str, seconds: float, seed: int = 0, stride: int = 0) 
 
 def run_test(defect: str, test: str) -> str:
     """What a test said."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/python/{test}.py"]
+    file = ROOT / "tests" / "python" / f"{test}.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
     tested = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "DAMO_DEFECT": defect}, stdout=subprocess.PIPE, text=True, check=False
     )
-    failed = re.search(r"^FAILED .*", tested.stdout, re.MULTILINE)
-    return failed[0] if failed else ""
+    if tested.returncode == 0:
+        return ""
+    failed = re.search(r"^(FAILED|ERROR) .*", tested.stdout, re.MULTILINE)
+    return failed[0] if failed else f"pytest ended with {tested.returncode}"
 
 
 def noticed(

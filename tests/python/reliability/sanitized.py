@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from damo_embedding import _core
@@ -76,17 +77,19 @@ def take_cases(name: str, seeds: list[int], seconds: float, reports: Path) -> in
     """In a process with the sanitizer. Says each seed before it begins, for a report may end it."""
     kind = SUITES[name]
     end = time.monotonic() + seconds
-    try:
-        with kind() as suite:
-            for place, seed in enumerate(seeds):
-                if place and time.monotonic() > end:  # a suite that takes long to begin is to show something, too
-                    break
-                print(f"seed {seed}", flush=True)
-                suite.case(seed)
-                assert not list(reports.iterdir()), "a report of the sanitizer"
-            print(f"done {suite.done[kind.unit]}", flush=True)
-    except SkippedError as missing:
-        print(f"skipped {missing}", flush=True)
+    with ExitStack() as stack:
+        try:
+            suite = stack.enter_context(kind())
+        except SkippedError as missing:  # raised later it is a failure
+            print(f"skipped {missing}", flush=True)
+            return 0
+        for place, seed in enumerate(seeds):
+            if place and time.monotonic() > end:  # a suite that takes long to begin is to show something, too
+                break
+            print(f"seed {seed}", flush=True)
+            suite.case(seed)
+            assert not list(reports.iterdir()), "a report of the sanitizer"
+        print(f"done {suite.done[kind.unit]}", flush=True)
     return 0
 
 

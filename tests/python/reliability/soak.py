@@ -25,6 +25,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from contextlib import ExitStack
 from functools import cache
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -37,7 +38,8 @@ from reliability.workload import again
 ROOT = Path(__file__).resolve().parents[3]
 DOCS, APART = ROOT / "docs", ROOT / "build" / "soak"
 TESTS = ROOT / "tests" / "python"
-
+# What is on top of damo_embedding, and the suites that see it; the others ask damo_embedding itself.
+FRONTS = {"src/damo_embedding/torch": {"torch-kill", "bad-input-torch"}, "src/damo": {"bad-input-damo"}}
 
 SANITIZERS = {"address": "AddressSanitizer with UBSan", "thread": "ThreadSanitizer"}
 INTRODUCTION = """\
@@ -80,7 +82,8 @@ def depends_on(name: str) -> tuple[str, ...]:
     finder.run_script(inspect.getfile(kind))
     found = {Path(module.__file__) for module in finder.modules.values() if module.__file__}
     modules = sorted(str(path.resolve().relative_to(ROOT)) for path in found)
-    return (*kind.package, *kind.files, *modules)
+    unseen = [f":(exclude){front}" for front, seen_by in FRONTS.items() if name not in seen_by]
+    return (*kind.package, *kind.files, *modules, *unseen)
 
 
 def without_words(suffix: str, text: str) -> str:
@@ -164,19 +167,19 @@ def write_page() -> None:
 def work(name: str, todo: Any, results: Any) -> None:
     """A process: cases by their seeds until there is a None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with SUITES[name]() as suite:
-            for seed in iter(todo.get, None):
-                before, started, failure = Counter(suite.done), time.monotonic(), ""
-                try:
-                    suite.case(seed)
-                except SkippedError:
-                    raise
-                except Exception:
-                    failure = traceback.format_exc().replace(f"{ROOT}/", "")
-                results.put((seed, dict(suite.done - before), failure, time.monotonic() - started))
-    except SkippedError as missing:
-        results.put((None, {}, f"skipped: {missing}", 0.0))
+    with ExitStack() as stack:
+        try:
+            suite = stack.enter_context(SUITES[name]())
+        except SkippedError as missing:  # raised later it is a failure: nothing that the suite needs was missing
+            results.put((None, {}, f"skipped: {missing}", 0.0))
+            return
+        for seed in iter(todo.get, None):
+            before, started, failure = Counter(suite.done), time.monotonic(), ""
+            try:
+                suite.case(seed)
+            except Exception:
+                failure = traceback.format_exc().replace(f"{ROOT}/", "")
+            results.put((seed, dict(suite.done - before), failure, time.monotonic() - started))
 
 
 def run(name: str, units: int, cases: int, first: int, jobs: int, until: float) -> dict[str, Any]:
