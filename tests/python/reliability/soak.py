@@ -116,13 +116,18 @@ def _fingerprint(path: Path, blob: str) -> str:
         return blob
 
 
+def tracked(*names: str) -> list[str]:
+    """The lines of git's index, by path, of what any of these suites depends on: what one excludes another may see."""
+    lines = {line for name in names for line in git("ls-files", "--stage", "--", *depends_on(name)).splitlines()}
+    return sorted(lines, key=lambda line: line.split("\t")[1])
+
+
 def code(*names: str) -> tuple[str, str]:
     """A name for what suites run, and the commit; with a mark for what is not committed and shows nothing."""
-    paths = sorted({path for name in names for path in depends_on(name)})
-    files = [line.split("\t") for line in git("ls-files", "--stage", "--", *paths).splitlines()]
+    files = [line.split("\t") for line in tracked(*names)]
     parts = [f"{stage.split()[0]} {name} {_fingerprint(ROOT / name, stage.split()[1])}" for stage, name in files]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *paths) else ""
+    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *(name for _, name in files)) else ""
     return digest + dirty, git("rev-parse", "--short", "HEAD").strip() + dirty
 
 
